@@ -1,1 +1,276 @@
-//! config
+//! Flags > environment > defaults, validated once, one type.
+
+mod units;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+
+use crate::store::s3::SignPayload;
+pub use units::{parse_duration, parse_size};
+
+const MIB: u64 = 1 << 20;
+/// S3 takes no smaller part but the last, and no larger.
+const SMALLEST_PART: u64 = 5 * MIB;
+const LARGEST_PART: u64 = 5 << 30;
+/// Below this there is no room for one part to write, one to send, and some blocks to read.
+const SMALLEST_MEMORY: u64 = 64 * MIB;
+/// A budget must hold this many parts.
+const PARTS_IN_MEMORY: u64 = 4;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SignPayloadFlag {
+    Auto,
+    Always,
+    Never,
+}
+
+/// What `mlfs mount` is told. Each flag stands here once: parser, help and environment variable.
+#[derive(Clone, Debug, Args)]
+pub struct MountArguments {
+    /// Where to mount: an empty directory
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
+
+    /// The MLflow tracking server, such as http://localhost:5000
+    #[arg(
+        long,
+        env = "MLFLOW_TRACKING_URI",
+        value_name = "URI",
+        hide_env_values = true
+    )]
+    pub tracking_uri: Option<String>,
+
+    /// Stay in the foreground and log to stderr
+    #[arg(long, env = "MLFS_FOREGROUND")]
+    pub foreground: bool,
+
+    /// Refuse every change with EROFS
+    #[arg(long, env = "MLFS_READ_ONLY")]
+    pub read_only: bool,
+
+    /// Let other users in (others than root need user_allow_other in /etc/fuse.conf)
+    #[arg(long, env = "MLFS_ALLOW_OTHER")]
+    pub allow_other: bool,
+
+    /// Most memory for data being written and read, bytes (512MiB, 20G) [default: a quarter of the
+    /// machine's, at most 4GiB]
+    #[arg(long, env = "MLFS_MEMORY", value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+
+    /// Where data that does not fit in memory waits to be sent [default: the user's cache folder,
+    /// mlfs/spill]
+    #[arg(long, env = "MLFS_SPILL_DIR", value_name = "DIR")]
+    pub spill_dir: Option<PathBuf>,
+
+    /// Most disk space for it, bytes
+    #[arg(long, env = "MLFS_SPILL_SIZE", value_name = "SIZE", default_value = "20GiB",
+          value_parser = parse_size)]
+    pub spill_size: u64,
+
+    /// Bytes of a part of a multipart upload, 5MiB to 5GiB
+    #[arg(long, env = "MLFS_PART_SIZE", value_name = "SIZE", default_value = "16MiB",
+          value_parser = parse_size)]
+    pub part_size: u64,
+
+    /// Most uploads in flight, and most prefetches, 1 to 256
+    #[arg(long, env = "MLFS_TRANSFERS", value_name = "N", default_value_t = 16)]
+    pub transfers: usize,
+
+    /// Owner of everything [default: the caller]
+    #[arg(long, env = "MLFS_UID", value_name = "N")]
+    pub uid: Option<u32>,
+
+    /// Group of everything [default: the caller's]
+    #[arg(long, env = "MLFS_GID", value_name = "N")]
+    pub gid: Option<u32>,
+
+    /// Permission bits nobody gets, octal
+    #[arg(long, env = "MLFS_UMASK", value_name = "OCTAL", default_value = "022",
+          value_parser = parse_octal)]
+    pub umask: u32,
+
+    /// How long names, sizes and times are believed (500ms, 5s, 1m, 0, forever)
+    #[arg(long, env = "MLFS_METADATA_TTL", value_name = "DURATION", default_value = "5s",
+          value_parser = parse_duration)]
+    pub metadata_ttl: Duration,
+
+    /// Whether request bodies are part of the signature: auto signs them over http only; they
+    /// carry a CRC32C in any case
+    #[arg(long, env = "MLFS_SIGN_PAYLOAD", value_enum, default_value_t = SignPayloadFlag::Auto)]
+    pub sign_payload: SignPayloadFlag,
+
+    /// Where to log [default: stderr in the foreground, else the user's state folder, mlfs/]
+    #[arg(long, env = "MLFS_LOG_FILE", value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// How much to log
+    #[arg(long, env = "MLFS_LOG_LEVEL", value_name = "LEVEL", value_enum,
+          default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// A mount's configuration, complete and checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub mountpoint: PathBuf,
+    pub tracking_uri: String,
+    pub foreground: bool,
+    pub read_only: bool,
+    pub allow_other: bool,
+    /// Bytes.
+    pub memory: u64,
+    pub spill_dir: PathBuf,
+    /// Bytes.
+    pub spill_size: u64,
+    /// Bytes.
+    pub part_size: u64,
+    pub transfers: usize,
+    pub uid: u32,
+    pub gid: u32,
+    pub umask: u32,
+    pub metadata_ttl: Duration,
+    pub sign_payload: SignPayload,
+    pub log_file: Option<PathBuf>,
+    pub log_level: tracing::Level,
+}
+
+impl MountArguments {
+    /// Checks what was told and fills in what was not.
+    ///
+    /// # Errors
+    /// Names the flag, the value, and what is accepted.
+    pub fn validate(&self) -> anyhow::Result<Config> {
+        let Some(tracking_uri) = self.tracking_uri.clone().filter(|uri| !uri.is_empty()) else {
+            bail!(
+                "no tracking server: set MLFLOW_TRACKING_URI or give --tracking-uri, \
+                 such as http://localhost:5000"
+            );
+        };
+        if !(SMALLEST_PART..=LARGEST_PART).contains(&self.part_size) {
+            bail!("--part-size {}: give 5MiB to 5GiB", self.part_size);
+        }
+        let memory = self.memory.unwrap_or_else(default_memory);
+        let least = SMALLEST_MEMORY.max(PARTS_IN_MEMORY * self.part_size);
+        if memory < least {
+            bail!(
+                "--memory {memory}: give at least {least} bytes ({PARTS_IN_MEMORY} times \
+                 --part-size, and 64MiB), or a smaller --part-size"
+            );
+        }
+        if self.spill_size < self.part_size {
+            bail!(
+                "--spill-size {}: give at least one --part-size",
+                self.spill_size
+            );
+        }
+        if !(1..=256).contains(&self.transfers) {
+            bail!("--transfers {}: give 1 to 256", self.transfers);
+        }
+        if self.umask > 0o777 {
+            bail!("--umask {:o}: give at most 777", self.umask);
+        }
+        let mountpoint = std::path::absolute(&self.mountpoint)
+            .with_context(|| format!("mount point {}", self.mountpoint.display()))?;
+        let spill_dir = match &self.spill_dir {
+            Some(directory) => std::path::absolute(directory)
+                .with_context(|| format!("--spill-dir {}", directory.display()))?,
+            None => user_folder("XDG_CACHE_HOME", ".cache")?
+                .join("mlfs")
+                .join("spill"),
+        };
+        if spill_dir.starts_with(&mountpoint) {
+            bail!(
+                "--spill-dir {}: it lies inside the mount point",
+                spill_dir.display()
+            );
+        }
+        let log_file = match (&self.log_file, self.foreground) {
+            (Some(file), _) => Some(std::path::absolute(file)?),
+            (None, true) => None,
+            (None, false) => Some(default_log_file(&mountpoint)?),
+        };
+        Ok(Config {
+            mountpoint,
+            tracking_uri,
+            foreground: self.foreground,
+            read_only: self.read_only,
+            allow_other: self.allow_other,
+            memory,
+            spill_dir,
+            spill_size: self.spill_size,
+            part_size: self.part_size,
+            transfers: self.transfers,
+            // SAFETY: getuid and getgid have no preconditions and cannot fail.
+            uid: self.uid.unwrap_or_else(|| unsafe { libc::getuid() }),
+            // SAFETY: as above.
+            gid: self.gid.unwrap_or_else(|| unsafe { libc::getgid() }),
+            umask: self.umask,
+            metadata_ttl: self.metadata_ttl,
+            sign_payload: match self.sign_payload {
+                SignPayloadFlag::Auto => SignPayload::Auto,
+                SignPayloadFlag::Always => SignPayload::Always,
+                SignPayloadFlag::Never => SignPayload::Never,
+            },
+            log_file,
+            log_level: match self.log_level {
+                LogLevel::Error => tracing::Level::ERROR,
+                LogLevel::Warn => tracing::Level::WARN,
+                LogLevel::Info => tracing::Level::INFO,
+                LogLevel::Debug => tracing::Level::DEBUG,
+                LogLevel::Trace => tracing::Level::TRACE,
+            },
+        })
+    }
+}
+
+fn parse_octal(text: &str) -> Result<u32, String> {
+    let digits = text.trim_start_matches("0o");
+    u32::from_str_radix(digits, 8).map_err(|_| format!("{text:?} is no octal number like 022"))
+}
+
+/// A quarter of the machine's memory, at most 4 GiB.
+fn default_memory() -> u64 {
+    const MOST: u64 = 4 << 30;
+    let kibibytes = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("MemTotal:"))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        });
+    let quarter = kibibytes.map_or(MOST, |kibibytes| kibibytes * 1024 / 4);
+    quarter.clamp(4 * SMALLEST_MEMORY, MOST)
+}
+
+fn user_folder(variable: &str, fallback: &str) -> anyhow::Result<PathBuf> {
+    let named = std::env::var_os(variable)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute());
+    match (named, std::env::var_os("HOME")) {
+        (Some(path), _) => Ok(path),
+        (None, Some(home)) => Ok(PathBuf::from(home).join(fallback)),
+        (None, None) => bail!("neither {variable} nor HOME is set: name the folders by flags"),
+    }
+}
+
+fn default_log_file(mountpoint: &Path) -> anyhow::Result<PathBuf> {
+    let name = mountpoint
+        .to_string_lossy()
+        .trim_matches('/')
+        .replace('/', "-");
+    let folder = user_folder("XDG_STATE_HOME", ".local/state")?;
+    Ok(folder.join("mlfs").join(format!("{name}.log")))
+}

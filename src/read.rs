@@ -1,1 +1,147 @@
-//! read
+//! Reading: ranged, lazy, cached, ahead of the reader where that pays.
+//!
+//! The room knows objects, versions and byte ranges. It knows nothing of files, the kernel or
+//! MLflow, and runs against any store.
+//!
+//! An object is read in **blocks** of [`BLOCK_SIZE`]. A block is in memory, on its way, or in the
+//! store, and is fetched once, whoever waits for it. The first touch of a place
+//! fetches just the blocks that were asked for; [`pattern`] watches the offsets and says how far
+//! to run ahead; a format plan ([`plan`]) tells where a tensor or member ends, so that running
+//! ahead does not run past it.
+
+mod block;
+mod fetch;
+mod object;
+mod pattern;
+pub mod plan;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+use crate::budget::Budget;
+use crate::store::{ETag, Store};
+use block::BlockCache;
+
+pub use block::Segments;
+pub use object::ObjectReader;
+
+/// Bytes of a block. The kernel's page requests are this long; a random read of 1 MiB fetches at
+/// most an eighth more than it returns.
+pub const BLOCK_SIZE: u64 = 128 * 1024;
+
+/// Most object versions whose identity is remembered (a hundred bytes or so each).
+const IDENTITIES: NonZeroUsize = NonZeroUsize::new(65_536).unwrap();
+
+/// How this mount reads.
+#[derive(Clone, Debug)]
+pub struct ReadOptions {
+    /// Most prefetch requests in flight, over all objects.
+    pub transfers: usize,
+}
+
+/// A version of an object, and where it is.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pub store: Arc<dyn Store>,
+    pub key: String,
+    /// `None` where the store tells none; then size is all that pins the version.
+    pub etag: Option<ETag>,
+    /// Bytes.
+    pub size: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Identity {
+    store: String,
+    key: String,
+    etag: Option<ETag>,
+    size: u64,
+}
+
+impl Source {
+    fn identity(&self) -> Identity {
+        Identity {
+            store: self.store.name().to_owned(),
+            key: self.key.clone(),
+            etag: self.etag.clone(),
+            size: self.size,
+        }
+    }
+}
+
+/// What reading has cost so far.
+#[derive(Debug, Default)]
+pub struct ReadMetrics {
+    /// Bytes that callers asked for and got.
+    pub bytes_served: AtomicU64,
+    /// Bytes asked of the store because somebody waited.
+    pub bytes_demanded: AtomicU64,
+    /// Bytes asked of the store ahead of anybody.
+    pub bytes_prefetched: AtomicU64,
+}
+
+/// Everything that readers share: the budget, the caches, the limit on requests.
+#[derive(Debug)]
+pub struct Reader {
+    budget: Arc<Budget>,
+    cache: Arc<BlockCache>,
+    prefetches: Arc<Semaphore>,
+    runtime: Handle,
+    options: ReadOptions,
+    contents: Mutex<LruCache<Identity, u64>>,
+    next_content: AtomicU64,
+    metrics: ReadMetrics,
+}
+
+impl Reader {
+    pub fn new(budget: Arc<Budget>, runtime: Handle, options: ReadOptions) -> Arc<Self> {
+        let cache = BlockCache::new();
+        let as_reclaimer: std::sync::Weak<BlockCache> = Arc::downgrade(&cache);
+        budget.add_reclaimer(as_reclaimer);
+        Arc::new(Self {
+            budget,
+            cache,
+            prefetches: Arc::new(Semaphore::new(options.transfers)),
+            runtime,
+            options,
+            contents: Mutex::new(LruCache::new(IDENTITIES)),
+            next_content: AtomicU64::new(1),
+            metrics: ReadMetrics::default(),
+        })
+    }
+
+    /// Opens a version of an object for reading. Nothing is fetched.
+    pub fn open(self: &Arc<Self>, source: Source) -> Arc<ObjectReader> {
+        let content = {
+            let mut contents = self.contents.lock();
+            *contents.get_or_insert(source.identity(), || {
+                self.next_content.fetch_add(1, Ordering::Relaxed)
+            })
+        };
+        ObjectReader::new(Arc::clone(self), source, content)
+    }
+
+    /// Tells the caches that the version `from` now also lies at `to` (a copy inside the store),
+    /// so that what was cached of it still serves.
+    pub fn alias(&self, from: &Source, to: &Source) {
+        let mut contents = self.contents.lock();
+        if let Some(content) = contents.get(&from.identity()).copied() {
+            contents.put(to.identity(), content);
+        }
+    }
+
+    pub fn metrics(&self) -> &ReadMetrics {
+        &self.metrics
+    }
+
+    /// Bytes of blocks in memory.
+    pub fn cached_bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+}

@@ -3,8 +3,10 @@
 //! A store knows objects, ranges and multipart uploads; it knows nothing of files, inodes, runs
 //! or MLflow. Keys are `/`-separated UTF-8 strings without a leading slash.
 
+pub mod checksum;
 mod error;
 mod location;
+mod metrics;
 pub mod s3;
 
 use std::fmt;
@@ -18,6 +20,7 @@ use futures_util::stream::BoxStream;
 
 pub use error::{StoreError, StoreResult};
 pub use location::{Location, Stores};
+pub use metrics::StoreMetrics;
 
 /// An opaque version mark of an object, exactly as the store wrote it (quotes included).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

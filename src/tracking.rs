@@ -2,6 +2,7 @@
 
 mod error;
 pub mod rest;
+pub mod settings;
 
 use std::fmt;
 use std::time::SystemTime;

@@ -1,1 +1,115 @@
-//! vfs
+//! What the calls of a POSIX program mean: inodes, handles, attributes, names.
+//!
+//! The room knows nothing of fuser's types and runs without a mount. Every call is an async
+//! function that is ready at once when no network is needed; the `fuse` room polls it inline and
+//! moves it to a task only when it has to wait.
+//!
+//! Lock order: tree → directory or file → draft → budget. None is held across an await.
+
+mod attributes;
+mod control;
+mod directory;
+mod drain;
+mod error;
+mod file;
+mod handles;
+mod lookup;
+mod names;
+mod open;
+mod readdir;
+mod remove;
+mod rename;
+mod tree;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle as Runtime;
+
+use crate::catalog::Catalog;
+use crate::read::Reader;
+use crate::store::Stores;
+use crate::write::Writer;
+use handles::Handles;
+use tree::Tree;
+
+pub use attributes::{Attributes, EntryAttributes, FileKind, Usage};
+pub use control::{PendingFile, Status};
+pub use directory::{Entry, FileInfo};
+pub use error::{VfsError, VfsResult};
+pub use open::{Access, Opened, WriteOutcome};
+pub use readdir::Listed;
+pub use rename::RenameMode;
+pub use tree::{Inode, ROOT};
+
+/// How this mount presents itself.
+#[derive(Clone, Debug)]
+pub struct VfsOptions {
+    pub mountpoint: PathBuf,
+    /// Without credentials.
+    pub tracking_uri: String,
+    pub uid: u32,
+    pub gid: u32,
+    pub umask: u32,
+    /// How long names, sizes and times are believed.
+    pub metadata_ttl: Duration,
+    pub read_only: bool,
+}
+
+/// The filesystem, without a kernel.
+#[derive(Debug)]
+pub struct Vfs {
+    catalog: Arc<Catalog>,
+    stores: Arc<Stores>,
+    reader: Arc<Reader>,
+    writer: Arc<Writer>,
+    options: VfsOptions,
+    runtime: Runtime,
+    tree: Mutex<Tree>,
+    handles: Handles,
+    started: SystemTime,
+}
+
+impl Vfs {
+    pub fn new(
+        catalog: Arc<Catalog>,
+        stores: Arc<Stores>,
+        reader: Arc<Reader>,
+        writer: Arc<Writer>,
+        runtime: Runtime,
+        options: VfsOptions,
+    ) -> Arc<Self> {
+        let started = SystemTime::now();
+        Arc::new(Self {
+            catalog,
+            stores,
+            reader,
+            writer,
+            options,
+            runtime,
+            tree: Mutex::new(Tree::new(started)),
+            handles: Handles::default(),
+            started,
+        })
+    }
+
+    /// The path of an inode below the mount point, for messages.
+    pub fn path(&self, inode: Inode) -> String {
+        self.tree.lock().path(inode)
+    }
+
+    /// The kernel forgets `count` lookups of an inode.
+    pub fn forget(&self, inode: Inode, count: u64) {
+        self.tree.lock().forget(inode, count);
+    }
+
+    fn check_writable(&self) -> VfsResult<()> {
+        if self.options.read_only {
+            Err(VfsError::READ_ONLY)
+        } else {
+            Ok(())
+        }
+    }
+}

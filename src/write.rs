@@ -1,1 +1,108 @@
-//! write
+//! Writing: chunks in memory, spilled to disk beyond it, sent while the writer goes on.
+//!
+//! The room knows files only as drafts: a size, a cut into chunks, an object the draft may have
+//! been opened over, and a key it is to be published under. It knows nothing of the kernel or of
+//! MLflow, and runs against any store.
+//!
+//! - [`draft`]: what a draft is, and reading and writing it;
+//! - [`publish`]: how a draft becomes an object, complete or not at all;
+//! - [`relief`]: what gives way when memory is spent.
+
+mod chunk;
+mod draft;
+mod error;
+mod geometry;
+mod publish;
+mod relief;
+mod send;
+mod spill;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+use crate::budget::Budget;
+use crate::read::Reader;
+
+pub use draft::{Draft, Progress, Target};
+pub use error::WriteError;
+pub use spill::Spill;
+
+/// How this mount writes.
+#[derive(Clone, Debug)]
+pub struct WriteOptions {
+    /// Bytes of a part.
+    pub part_size: u64,
+    /// Most parts and objects on their way at once, over all files.
+    pub transfers: usize,
+}
+
+/// Everything that drafts share: budgets, spill, the limit on transfers.
+#[derive(Debug)]
+pub struct Writer {
+    memory: Arc<Budget>,
+    spill: Arc<Spill>,
+    reader: Arc<Reader>,
+    transfers: Arc<Semaphore>,
+    runtime: Handle,
+    options: WriteOptions,
+    drafts: Mutex<Vec<Weak<Draft>>>,
+    /// Held by whoever makes room, so that one does it for all.
+    relief: tokio::sync::Mutex<()>,
+    /// Transfers queued or on their way.
+    in_flight: AtomicU64,
+    /// Rises with each write; tells which chunk was touched longest ago.
+    clock: AtomicU64,
+}
+
+impl Writer {
+    pub fn new(
+        memory: Arc<Budget>,
+        spill: Arc<Spill>,
+        reader: Arc<Reader>,
+        runtime: Handle,
+        options: WriteOptions,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            memory,
+            spill,
+            reader,
+            transfers: Arc::new(Semaphore::new(options.transfers)),
+            runtime,
+            options,
+            drafts: Mutex::new(Vec::new()),
+            relief: tokio::sync::Mutex::new(()),
+            in_flight: AtomicU64::new(0),
+            clock: AtomicU64::new(0),
+        })
+    }
+
+    fn register(&self, draft: &Arc<Draft>) {
+        let mut drafts = self.drafts.lock();
+        drafts.retain(|draft| draft.strong_count() > 0);
+        drafts.push(Arc::downgrade(draft));
+    }
+
+    fn all_drafts(&self) -> Vec<Arc<Draft>> {
+        self.drafts
+            .lock()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect()
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub fn memory(&self) -> &Arc<Budget> {
+        &self.memory
+    }
+
+    pub fn spill(&self) -> &Arc<Spill> {
+        &self.spill
+    }
+}

@@ -1,8 +1,14 @@
-//! Artifact URI → store and key prefix; one shared client a bucket.
+//! Artifact URI → store and key prefix; one client for all buckets, one store a bucket.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Store, StoreResult};
+use parking_lot::Mutex;
+use url::Url;
+
+use super::metrics::StoreMetrics;
+use super::s3::{S3Client, S3Settings, S3Store};
+use super::{Store, StoreError, StoreResult};
 
 /// A place in a store: a run's artifact root, or anything below it.
 #[derive(Clone, Debug)]
@@ -25,14 +31,86 @@ impl Location {
 
 /// Opens stores by artifact URI and shares their clients and connection pools.
 #[derive(Debug)]
-pub struct Stores {}
+pub struct Stores {
+    s3: S3Settings,
+    client: tokio::sync::OnceCell<Arc<S3Client>>,
+    buckets: Mutex<HashMap<String, Arc<dyn Store>>>,
+    metrics: Arc<StoreMetrics>,
+}
 
 impl Stores {
-    /// The location an artifact URI (`s3://bucket/path`) names. No request is sent.
+    pub fn new(s3: S3Settings) -> Self {
+        Self {
+            s3,
+            client: tokio::sync::OnceCell::new(),
+            buckets: Mutex::default(),
+            metrics: Arc::default(),
+        }
+    }
+
+    /// Requests and bytes so far, for `.mlfs/status`.
+    pub fn metrics(&self) -> serde_json::Value {
+        self.metrics.to_json()
+    }
+
+    /// The location an artifact URI (`s3://bucket/path`) names. No request is sent to the store.
     ///
     /// # Errors
     /// `Unsupported` for a scheme that no store serves, `InvalidName` for a malformed URI.
-    pub async fn locate(&self, _artifact_uri: &str) -> StoreResult<Location> {
-        todo!("store helper")
+    pub async fn locate(&self, artifact_uri: &str) -> StoreResult<Location> {
+        let scheme = artifact_uri
+            .split_once(':')
+            .map_or("", |(scheme, _)| scheme);
+        if scheme != "s3" {
+            return Err(StoreError::Unsupported {
+                object: without_credentials(artifact_uri),
+                detail: format!("artifact URIs with the scheme {scheme:?} are not served yet"),
+            });
+        }
+        let rest = artifact_uri.trim_start_matches("s3://");
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(StoreError::InvalidName {
+                object: artifact_uri.to_owned(),
+                detail: "the URI names no bucket".to_owned(),
+            });
+        }
+        let store = self.bucket(bucket).await?;
+        Ok(Location {
+            store,
+            prefix: prefix.trim_matches('/').to_owned(),
+        })
+    }
+
+    async fn bucket(&self, bucket: &str) -> StoreResult<Arc<dyn Store>> {
+        if let Some(store) = self.buckets.lock().get(bucket) {
+            return Ok(Arc::clone(store));
+        }
+        let client = self
+            .client
+            .get_or_init(|| async { S3Client::new(self.s3.clone()).await })
+            .await;
+        let store: Arc<dyn Store> = Arc::new(S3Store::new(
+            Arc::clone(client),
+            bucket,
+            Arc::clone(&self.metrics),
+        ));
+        let mut buckets = self.buckets.lock();
+        Ok(Arc::clone(
+            buckets.entry(bucket.to_owned()).or_insert(store),
+        ))
+    }
+}
+
+/// A URI as it may be shown: without user, password and query.
+fn without_credentials(uri: &str) -> String {
+    match Url::parse(uri) {
+        Ok(mut url) => {
+            let _ = url.set_password(None);
+            let _ = url.set_username("");
+            url.set_query(None);
+            url.to_string()
+        }
+        Err(_) => uri.split(['?', '@']).next().unwrap_or_default().to_owned(),
     }
 }

@@ -10,13 +10,21 @@ pub enum TrackingError {
     #[error("{server}: {what} does not exist")]
     NotFound { server: String, what: String },
     #[error("{server}: no permission for {what}: {detail}")]
-    PermissionDenied { server: String, what: String, detail: String },
+    PermissionDenied {
+        server: String,
+        what: String,
+        detail: String,
+    },
     #[error("{server}: the credentials are missing or wrong: {detail}")]
     Unauthenticated { server: String, detail: String },
     #[error("{server}: cannot be reached or fails: {detail}")]
     Unavailable { server: String, detail: String },
     #[error("{server}: unexpected answer to {what}: {detail}")]
-    Protocol { server: String, what: String, detail: String },
+    Protocol {
+        server: String,
+        what: String,
+        detail: String,
+    },
 }
 
 impl TrackingError {

@@ -1,0 +1,93 @@
+//! The background process: a re-execution of this program, never a fork of a running one.
+//!
+//! The child's standard output is a pipe to the parent. The child writes one line when the mount
+//! answers, or what went wrong, and then lets go of the pipe.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+
+use super::serve;
+use crate::config::Config;
+
+const READY: &str = "ready";
+
+/// Starts the background process and waits until its mount answers.
+pub(super) fn start(config: &Config) -> anyhow::Result<()> {
+    let log_file = config
+        .log_file
+        .as_ref()
+        .context("a background mount needs a log file")?;
+    if let Some(folder) = log_file.parent() {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("log folder {}", folder.display()))?;
+    }
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log_file)
+        .with_context(|| format!("log file {}", log_file.display()))?;
+    let program = std::env::current_exe().context("this program's own path")?;
+    let mut child = Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .arg("--background-process")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .context("the background process could not be started")?;
+    let mut told = String::new();
+    if let Some(mut pipe) = child.stdout.take() {
+        pipe.read_to_string(&mut told)
+            .context("the background process")?;
+    }
+    match told.trim() {
+        READY => Ok(()),
+        "" => {
+            let status = child.wait().context("the background process")?;
+            bail!(
+                "the background process ended without a word ({status}); see {}",
+                log_file.display()
+            )
+        }
+        message => bail!("{message}"),
+    }
+}
+
+/// Serves in the background process.
+pub(super) fn serve(config: &Config) -> anyhow::Result<()> {
+    // SAFETY: setsid has no preconditions; the process is no group leader, having been spawned.
+    unsafe { libc::setsid() };
+    let mut told = false;
+    let outcome = serve::run(config, || {
+        told = true;
+        tell(READY)
+    });
+    match outcome {
+        Err(error) if !told => {
+            let message = format!("{error:#}");
+            tracing::error!("{message}");
+            tell(&message)
+        }
+        outcome => outcome,
+    }
+}
+
+/// Writes the one line for the parent and lets go of the pipe.
+fn tell(message: &str) -> anyhow::Result<()> {
+    let mut output = std::io::stdout();
+    writeln!(output, "{message}").context("telling the parent process")?;
+    output.flush().context("telling the parent process")?;
+    let null = OpenOptions::new()
+        .write(true)
+        .open("/dev/null")
+        .context("/dev/null")?;
+    // SAFETY: both descriptors are open; standard output is replaced, not closed.
+    if unsafe { libc::dup2(null.as_raw_fd(), libc::STDOUT_FILENO) } < 0 {
+        return Err(std::io::Error::last_os_error()).context("standard output");
+    }
+    Ok(())
+}

@@ -1,0 +1,629 @@
+//! fuser's callbacks, each a vfs call and its reply.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use fuser::{
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+};
+use tokio::runtime::Handle;
+
+use crate::vfs::{
+    Access, Attributes, EntryAttributes, FileKind, Inode, Opened, RenameMode, Vfs, VfsError,
+    VfsResult, WriteOutcome,
+};
+
+/// Requests the kernel may have in flight beyond those somebody waits for (readahead).
+const BACKGROUND: u16 = 64;
+/// Bytes of the largest write request; the kernel's limit without tuning.
+const LARGEST_WRITE: u32 = 1 << 20;
+const LONGEST_NAME: u32 = 255;
+
+pub(super) struct Callbacks {
+    vfs: Arc<Vfs>,
+    runtime: Handle,
+}
+
+impl Callbacks {
+    pub fn new(vfs: Arc<Vfs>, runtime: Handle) -> Self {
+        Self { vfs, runtime }
+    }
+
+    /// Runs `call` and then `reply`: inline when it is ready at once, else in a task.
+    fn answer<T, F>(&self, call: F, reply: impl FnOnce(T) + Send + 'static)
+    where
+        F: Future<Output = T> + Send + 'static,
+        T: Send + 'static,
+    {
+        let _runtime = self.runtime.enter();
+        let mut task = Box::pin(async move { reply(call.await) });
+        let mut context = Context::from_waker(Waker::noop());
+        if task.as_mut().poll(&mut context).is_pending() {
+            self.runtime.spawn(task);
+        }
+    }
+
+    /// The errno to answer; an unusual one is logged with its cause.
+    fn errno(&self, call: &'static str, inode: Inode, error: &VfsError) -> Errno {
+        report(&self.vfs, call, inode, error)
+    }
+}
+
+fn report(vfs: &Vfs, call: &'static str, inode: Inode, error: &VfsError) -> Errno {
+    if let Some(cause) = &error.cause {
+        let errno = io::Error::from_raw_os_error(error.errno);
+        tracing::warn!(call, path = vfs.path(inode), %errno, %cause, "failed");
+    }
+    Errno::from_i32(error.errno)
+}
+
+fn attributes(told: &Attributes) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(told.inode),
+        size: told.size,
+        blocks: told.size.div_ceil(512),
+        atime: told.modified,
+        mtime: told.modified,
+        ctime: told.modified,
+        crtime: told.modified,
+        kind: file_type(told.kind),
+        perm: told.mode,
+        nlink: told.links,
+        uid: told.uid,
+        gid: told.gid,
+        rdev: 0,
+        blksize: told.preferred_block,
+        flags: 0,
+    }
+}
+
+fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::Directory => FileType::Directory,
+        FileKind::Regular => FileType::RegularFile,
+    }
+}
+
+fn open_flags(opened: &Opened) -> FopenFlags {
+    let mut flags = FopenFlags::empty();
+    if opened.direct {
+        flags |= FopenFlags::FOPEN_DIRECT_IO;
+    } else if opened.keep_cache {
+        flags |= FopenFlags::FOPEN_KEEP_CACHE;
+    }
+    flags
+}
+
+fn access(flags: i32, thread: u32) -> Access {
+    let mode = OpenFlags(flags).acc_mode();
+    Access {
+        read: mode != OpenAccMode::O_WRONLY,
+        write: mode != OpenAccMode::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+        exclusive: flags & libc::O_EXCL != 0,
+        thread,
+    }
+}
+
+thread_local! {
+    /// Where an answer of several frames is put together; as large as the largest read.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn reply_entry(vfs: &Vfs, parent: Inode, outcome: VfsResult<EntryAttributes>, reply: ReplyEntry) {
+    match outcome {
+        Ok(entry) => reply.entry(&entry.ttl, &attributes(&entry.attributes), Generation(0)),
+        Err(error) => reply.error(report(vfs, "lookup", parent, &error)),
+    }
+}
+
+fn reply_empty(
+    vfs: &Vfs,
+    call: &'static str,
+    inode: Inode,
+    outcome: VfsResult<()>,
+    reply: ReplyEmpty,
+) {
+    match outcome {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(report(vfs, call, inode, &error)),
+    }
+}
+
+impl Filesystem for Callbacks {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+        ];
+        for flag in wanted {
+            if config.add_capabilities(flag).is_err() {
+                tracing::debug!(?flag, "the kernel does not offer this");
+            }
+        }
+        // Each answers with the nearest value the kernel allows, which is then in force.
+        let _ = config.set_max_write(LARGEST_WRITE);
+        let _ = config.set_max_background(BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
+        let answering = Arc::clone(&self.vfs);
+        self.answer(
+            async move { vfs.lookup(parent.0, &name).await },
+            move |outcome| {
+                reply_entry(&answering, parent.0, outcome, reply);
+            },
+        );
+    }
+
+    fn forget(&self, _request: &Request, inode: INodeNo, count: u64) {
+        self.vfs.forget(inode.0, count);
+    }
+
+    fn getattr(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
+        match self.vfs.attributes(inode.0) {
+            Ok(entry) => reply.attr(&entry.ttl, &attributes(&entry.attributes)),
+            Err(error) => reply.error(self.errno("getattr", inode.0, &error)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let call = async move {
+            if let Some(size) = size {
+                vfs.set_size(inode.0, size).await?;
+            }
+            if let Some(time) = mtime {
+                let time = match time {
+                    TimeOrNow::SpecificTime(time) => time,
+                    TimeOrNow::Now => SystemTime::now(),
+                };
+                vfs.set_modified(inode.0, time)?;
+            }
+            vfs.attributes(inode.0)
+        };
+        self.answer(call, move |outcome| match outcome {
+            Ok(entry) => reply.attr(&entry.ttl, &attributes(&entry.attributes)),
+            Err(error) => reply.error(report(&answering, "setattr", inode.0, &error)),
+        });
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _device: u32,
+        reply: ReplyEntry,
+    ) {
+        if mode & libc::S_IFMT != libc::S_IFREG {
+            reply.error(Errno::EPERM);
+            return;
+        }
+        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
+        let answering = Arc::clone(&self.vfs);
+        let access = access(libc::O_WRONLY | libc::O_EXCL, request.pid());
+        let call = async move {
+            let (entry, opened) = vfs.create(parent.0, &name, access).await?;
+            vfs.release(opened.handle);
+            Ok(entry)
+        };
+        self.answer(call, move |outcome| {
+            reply_entry(&answering, parent.0, outcome, reply)
+        });
+    }
+
+    fn mkdir(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
+        let answering = Arc::clone(&self.vfs);
+        self.answer(
+            async move { vfs.make_directory(parent.0, &name).await },
+            move |outcome| {
+                reply_entry(&answering, parent.0, outcome, reply);
+            },
+        );
+    }
+
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
+        let answering = Arc::clone(&self.vfs);
+        self.answer(
+            async move { vfs.unlink(parent.0, &name).await },
+            move |outcome| {
+                reply_empty(&answering, "unlink", parent.0, outcome, reply);
+            },
+        );
+    }
+
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
+        let answering = Arc::clone(&self.vfs);
+        self.answer(
+            async move { vfs.remove_directory(parent.0, &name).await },
+            move |outcome| {
+                reply_empty(&answering, "rmdir", parent.0, outcome, reply);
+            },
+        );
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        to_parent: INodeNo,
+        to_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let mode = match flags {
+            flags if flags.is_empty() => RenameMode::Replace,
+            RenameFlags::RENAME_NOREPLACE => RenameMode::NoReplace,
+            _ => {
+                reply.error(Errno::EINVAL);
+                return;
+            }
+        };
+        let (name, to_name) = (name.to_owned(), to_name.to_owned());
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let call = async move {
+            vfs.rename(parent.0, &name, to_parent.0, &to_name, mode)
+                .await
+        };
+        self.answer(call, move |outcome| {
+            reply_empty(&answering, "rename", parent.0, outcome, reply);
+        });
+    }
+
+    fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let access = access(flags.0, request.pid());
+        self.answer(
+            async move { vfs.open(inode.0, access).await },
+            move |outcome| match outcome {
+                Ok(opened) => reply.opened(FileHandle(opened.handle), open_flags(&opened)),
+                Err(error) => reply.error(report(&answering, "open", inode.0, &error)),
+            },
+        );
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
+        let answering = Arc::clone(&self.vfs);
+        let access = access(flags, request.pid());
+        let call = async move { vfs.create(parent.0, &name, access).await };
+        self.answer(call, move |outcome| match outcome {
+            Ok((entry, opened)) => reply.created(
+                &entry.ttl,
+                &attributes(&entry.attributes),
+                Generation(0),
+                FileHandle(opened.handle),
+                open_flags(&opened),
+            ),
+            Err(error) => reply.error(report(&answering, "create", parent.0, &error)),
+        });
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let call = async move { vfs.read(handle.0, offset, size).await };
+        self.answer(call, move |outcome| match outcome {
+            Ok(segments) => SCRATCH.with_borrow_mut(|scratch| {
+                reply.data(segments.contiguous(scratch));
+            }),
+            Err(error) => reply.error(report(&answering, "read", inode.0, &error)),
+        });
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        // Page writeback comes from the kernel's own threads.
+        let from_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let thread = if from_cache { 0 } else { request.pid() };
+        let written = data.len() as u32;
+        let taken = match self.vfs.try_write(handle.0, offset, data, thread) {
+            Ok(WriteOutcome::Done) => return reply.written(written),
+            Ok(WriteOutcome::Partial(taken)) => taken,
+            Err(error) => return reply.error(self.errno("write", inode.0, &error)),
+        };
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let rest = Bytes::copy_from_slice(&data[taken..]);
+        let call = async move { vfs.write(handle.0, offset + taken as u64, rest).await };
+        self.answer(call, move |outcome| match outcome {
+            Ok(()) => reply.written(written),
+            Err(error) => reply.error(report(&answering, "write", inode.0, &error)),
+        });
+    }
+
+    fn flush(
+        &self,
+        request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let thread = request.pid();
+        self.answer(
+            async move { vfs.flush(handle.0, thread).await },
+            move |outcome| {
+                reply_empty(&answering, "close", inode.0, outcome, reply);
+            },
+        );
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.vfs.release(handle.0);
+        reply.ok();
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        _data_only: bool,
+        reply: ReplyEmpty,
+    ) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        self.answer(
+            async move { vfs.synchronise(handle.0).await },
+            move |outcome| {
+                reply_empty(&answering, "fsync", inode.0, outcome, reply);
+            },
+        );
+    }
+
+    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.vfs.open_directory(inode.0) {
+            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
+            Err(error) => reply.error(self.errno("opendir", inode.0, &error)),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let from = (offset as usize).saturating_sub(DOTS);
+        let call = async move { vfs.read_directory(handle.0, from).await };
+        self.answer(call, move |outcome| match outcome {
+            Err(error) => reply.error(report(&answering, "readdir", inode.0, &error)),
+            Ok(batch) => {
+                let mut full = false;
+                for (position, name, inode) in dots(&answering, inode.0, offset) {
+                    full = full || reply.add(INodeNo(inode), position, FileType::Directory, name);
+                }
+                for (index, listed) in batch.iter().enumerate() {
+                    let position = (from + index + 1 + DOTS) as u64;
+                    let kind = file_type(listed.entry.kind());
+                    // Numbers of what nobody looked up are not known, nor needed.
+                    full = full || reply.add(UNKNOWN, position, kind, &listed.name);
+                }
+                reply.ok();
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let from = (offset as usize).saturating_sub(DOTS);
+        let call = async move { vfs.read_directory(handle.0, from).await };
+        self.answer(call, move |outcome| match outcome {
+            Err(error) => reply.error(report(&answering, "readdir", inode.0, &error)),
+            Ok(batch) => {
+                let mut full = false;
+                for (position, name, dot) in dots(&answering, inode.0, offset) {
+                    let Ok(entry) = answering.attributes(dot) else {
+                        continue;
+                    };
+                    let told = attributes(&entry.attributes);
+                    full = full
+                        || reply.add(
+                            INodeNo(dot),
+                            position,
+                            name,
+                            &Duration::ZERO,
+                            &told,
+                            Generation(0),
+                        );
+                }
+                for (index, listed) in batch.iter().enumerate() {
+                    if full {
+                        break;
+                    }
+                    let position = (from + index + 1 + DOTS) as u64;
+                    let Ok(entry) = answering.listed_attributes(inode.0, listed) else {
+                        continue;
+                    };
+                    let told = attributes(&entry.attributes);
+                    full = reply.add(
+                        told.ino,
+                        position,
+                        &listed.name,
+                        &entry.ttl,
+                        &told,
+                        Generation(0),
+                    );
+                    answering.accept_listed(told.ino.0, !full);
+                }
+                reply.ok();
+            }
+        });
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.vfs.release_directory(handle.0);
+        reply.ok();
+    }
+
+    fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+        let usage = self.vfs.usage();
+        let files = u64::from(u32::MAX);
+        reply.statfs(
+            usage.blocks,
+            usage.free,
+            usage.free,
+            files,
+            files,
+            usage.block,
+            LONGEST_NAME,
+            usage.block,
+        );
+    }
+
+    fn access(&self, _request: &Request, _inode: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        if mode != 0 {
+            reply.error(Errno::EOPNOTSUPP);
+            return;
+        }
+        let vfs = Arc::clone(&self.vfs);
+        let answering = Arc::clone(&self.vfs);
+        let end = offset.saturating_add(length);
+        self.answer(
+            async move { vfs.allocate(inode.0, end).await },
+            move |outcome| {
+                reply_empty(&answering, "fallocate", inode.0, outcome, reply);
+            },
+        );
+    }
+}
+
+/// `.` and `..` come first, at positions 1 and 2.
+const DOTS: usize = 2;
+/// An inode number for entries that have none yet; the kernel only hands it on to `readdir`.
+const UNKNOWN: INodeNo = INodeNo(0xffff_ffff);
+
+fn dots(vfs: &Vfs, inode: Inode, offset: u64) -> Vec<(u64, &'static str, Inode)> {
+    let all = [(1, ".", inode), (2, "..", vfs.parent(inode))];
+    all.into_iter()
+        .filter(|(position, _, _)| *position > offset)
+        .collect()
+}

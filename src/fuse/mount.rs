@@ -1,0 +1,135 @@
+//! Mounting, tuning what the kernel lets tune, and unmounting.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use fuser::{Config, MountOption, Session, SessionACL};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::callbacks::Callbacks;
+use crate::vfs::Vfs;
+
+/// Threads that take requests from the kernel.
+const THREADS: usize = 2;
+/// The kernel's readahead for this mount, KiB: one request of the largest size.
+const READ_AHEAD: u32 = 1024;
+
+#[derive(Clone, Debug)]
+pub struct FuseOptions {
+    pub mountpoint: PathBuf,
+    pub allow_other: bool,
+    pub read_only: bool,
+}
+
+/// A mount that answers.
+#[derive(Debug)]
+pub struct Mounted {
+    mountpoint: PathBuf,
+    finished: oneshot::Receiver<io::Result<()>>,
+}
+
+/// Mounts; returns when the kernel has been answered.
+pub fn mount(vfs: Arc<Vfs>, runtime: &Handle, options: &FuseOptions) -> io::Result<Mounted> {
+    let mut mount_options = vec![
+        MountOption::FSName("mlfs".to_owned()),
+        MountOption::Subtype("mlfs".to_owned()),
+        MountOption::DefaultPermissions,
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::NoAtime,
+    ];
+    if options.read_only {
+        mount_options.push(MountOption::RO);
+    }
+    let mut config = Config::default();
+    config.mount_options = mount_options;
+    config.acl = if options.allow_other {
+        SessionACL::All
+    } else {
+        SessionACL::Owner
+    };
+    config.n_threads = Some(THREADS);
+    config.clone_fd = true;
+    let callbacks = Callbacks::new(vfs, runtime.clone());
+    let session = Session::new(callbacks, &options.mountpoint, &config)?;
+    let (finish, finished) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("mlfs-session".to_owned())
+        .spawn(move || {
+            // Nobody may be waiting any more.
+            let _ = finish.send(session.run());
+        })?;
+    let mounted = Mounted {
+        mountpoint: options.mountpoint.clone(),
+        finished,
+    };
+    raise_read_ahead(&mounted.mountpoint);
+    Ok(mounted)
+}
+
+impl Mounted {
+    /// Unmounts; `EBUSY` while something in it is in use, unless `lazily`.
+    pub fn unmount(&self, lazily: bool) -> io::Result<()> {
+        unmount_path(&self.mountpoint, lazily)
+    }
+
+    /// Waits until the kernel has let go of the mount. To be awaited to its end only once.
+    pub async fn finished(&mut self) -> io::Result<()> {
+        match (&mut self.finished).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(io::Error::other("the session panicked")),
+        }
+    }
+}
+
+/// Raises the readahead of this mount alone, where that is permitted: requests of 1 MiB instead
+/// of 128 KiB halve the cost of a sequential read.
+fn raise_read_ahead(mountpoint: &Path) {
+    let Ok(metadata) = std::fs::metadata(mountpoint) else {
+        return;
+    };
+    let device = metadata.dev();
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    if major != 0 {
+        // Not a virtual filesystem's number: this is not the mount.
+        return;
+    }
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    if let Err(error) = std::fs::write(&path, READ_AHEAD.to_string()) {
+        tracing::debug!(path, %error, "the kernel's readahead stays as it is");
+    }
+}
+
+/// Unmounts whatever is mounted at `path`; `lazily` even while it is in use.
+pub fn unmount_path(path: &Path, lazily: bool) -> io::Result<()> {
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        let text = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
+        let flags = if lazily { libc::MNT_DETACH } else { 0 };
+        // SAFETY: `text` is a valid C string that outlives the call.
+        let outcome = unsafe { libc::umount2(text.as_ptr(), flags | libc::UMOUNT_NOFOLLOW) };
+        return if outcome == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        };
+    }
+    let mut command = Command::new("fusermount3");
+    command.arg("-u");
+    if lazily {
+        command.arg("-z");
+    }
+    let output = command.arg("--").arg(path).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if message.contains("busy") {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+    }
+    Err(io::Error::other(message))
+}

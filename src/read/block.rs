@@ -1,0 +1,171 @@
+//! Blocks in memory, least recently used first to go.
+
+use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use crate::budget::{Reclaim, Reservation};
+
+/// The frames of one block, as they came off the wire; never copied together.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub frames: Vec<Bytes>,
+    pub length: u64,
+    /// Held as long as anybody holds the block.
+    _reservation: Reservation,
+}
+
+impl Block {
+    pub fn new(frames: Vec<Bytes>, reservation: Reservation) -> Arc<Self> {
+        let length = frames.iter().map(|frame| frame.len() as u64).sum();
+        Arc::new(Self {
+            frames,
+            length,
+            _reservation: reservation,
+        })
+    }
+}
+
+/// Pieces of a read's answer, in order. Holding it pins the blocks it comes from.
+#[derive(Clone, Debug, Default)]
+pub struct Segments {
+    pieces: Vec<Bytes>,
+    length: usize,
+    blocks: Vec<Arc<Block>>,
+}
+
+impl Segments {
+    /// Appends `range` (relative to the block's start) of a block.
+    pub(super) fn push_block(&mut self, block: &Arc<Block>, range: Range<u64>) {
+        let mut start = 0;
+        for frame in &block.frames {
+            let end = start + frame.len() as u64;
+            let from = range.start.max(start);
+            let to = range.end.min(end);
+            if from < to {
+                self.push(frame.slice((from - start) as usize..(to - start) as usize));
+            }
+            start = end;
+        }
+        self.blocks.push(Arc::clone(block));
+    }
+
+    /// Appends bytes that belong to no block.
+    pub fn push(&mut self, piece: Bytes) {
+        self.length += piece.len();
+        self.pieces.push(piece);
+    }
+
+    /// Appends all of `other`.
+    pub fn append(&mut self, mut other: Segments) {
+        self.length += other.length;
+        self.pieces.append(&mut other.pieces);
+        self.blocks.append(&mut other.blocks);
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    pub fn pieces(&self) -> &[Bytes] {
+        &self.pieces
+    }
+
+    /// The bytes in one piece, in `scratch` unless they are one already.
+    pub fn contiguous<'a>(&'a self, scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        if let [piece] = self.pieces.as_slice() {
+            return piece;
+        }
+        scratch.clear();
+        scratch.reserve(self.length);
+        for piece in &self.pieces {
+            scratch.extend_from_slice(piece);
+        }
+        scratch
+    }
+}
+
+type Index = LruCache<(u64, u64), Arc<Block>, BuildHasherDefault<DefaultHasher>>;
+
+struct Cached {
+    index: Index,
+    bytes: u64,
+}
+
+/// Blocks by (content, index). Its bound is the budget: every block carries its reservation.
+pub(super) struct BlockCache {
+    cached: Mutex<Cached>,
+}
+
+impl std::fmt::Debug for BlockCache {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("BlockCache")
+            .field("bytes", &self.bytes())
+            .finish()
+    }
+}
+
+impl BlockCache {
+    pub fn new() -> Arc<Self> {
+        let index = LruCache::unbounded_with_hasher(BuildHasherDefault::default());
+        Arc::new(Self {
+            cached: Mutex::new(Cached { index, bytes: 0 }),
+        })
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.cached.lock().bytes
+    }
+
+    pub fn get(&self, content: u64, index: u64) -> Option<Arc<Block>> {
+        self.cached.lock().index.get(&(content, index)).cloned()
+    }
+
+    pub fn contains(&self, content: u64, index: u64) -> bool {
+        self.cached.lock().index.contains(&(content, index))
+    }
+
+    pub fn insert(&self, content: u64, index: u64, block: Arc<Block>) {
+        let replaced = {
+            let mut cached = self.cached.lock();
+            cached.bytes += block.length;
+            let replaced = cached.index.put((content, index), block);
+            if let Some(old) = &replaced {
+                cached.bytes -= old.length;
+            }
+            replaced
+        };
+        // Its reservation goes back outside of the lock: the budget may call us to reclaim.
+        drop(replaced);
+    }
+}
+
+impl Reclaim for BlockCache {
+    fn reclaim(&self, bytes: u64) -> u64 {
+        let mut evicted = Vec::new();
+        let mut freed = 0;
+        {
+            let mut cached = self.cached.lock();
+            while freed < bytes {
+                let Some((_, block)) = cached.index.pop_lru() else {
+                    break;
+                };
+                cached.bytes -= block.length;
+                freed += block.length;
+                evicted.push(block);
+            }
+        }
+        drop(evicted);
+        freed
+    }
+}

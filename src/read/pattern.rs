@@ -1,0 +1,207 @@
+//! How readers move through an object, and how far it pays to run ahead of them.
+//!
+//! A **stream** is a place that moves forward. Reads are matched to streams with slack in both
+//! directions, because readers do not move byte by byte: the C library's large `memcpy` faults
+//! each MiB of a mapping backwards, several threads share a file, the kernel reads ahead out of
+//! order. A read near no stream starts a new one, with no window: the first touch of a place
+//! fetches what was asked and nothing more. Later the window follows what the stream has
+//! consumed, until it fills the wire.
+
+use std::ops::Range;
+
+/// Streams watched per object; the one touched longest ago gives way.
+const STREAMS: usize = 16;
+/// A read that starts this far ahead of a stream still continues it, bytes.
+const SLACK_AHEAD: u64 = 4 << 20;
+/// A read that starts this far behind a stream's front still belongs to it, bytes.
+const SLACK_BEHIND: u64 = 2 << 20;
+/// Nothing is fetched ahead before a stream has consumed more than this, bytes: a random read of
+/// up to this size arrives as several requests of the kernel's, and must not look like a stream.
+const QUIET: u64 = 1 << 20;
+/// A stream that began in the middle may end soon (a tensor, a member of an archive): until it has
+/// consumed this much, bytes, it runs ahead by a quarter of what it consumed.
+const CAUTIOUS: u64 = 16 << 20;
+/// A stream that began at the first byte is most likely a whole-file read: it runs ahead by this
+/// many times what it consumed.
+const EAGER: u64 = 4;
+
+#[derive(Clone, Debug)]
+struct Stream {
+    /// Whether it began at the object's first byte.
+    from_start: bool,
+    /// The furthest byte read.
+    front: u64,
+    /// Bytes read since the stream began.
+    consumed: u64,
+    window: u64,
+    /// Everything before this has been asked for ahead of time.
+    asked: u64,
+    touched: u64,
+}
+
+impl Stream {
+    /// How far its past says that it will go on, bytes.
+    fn deserved(&self) -> u64 {
+        match self.consumed {
+            consumed if consumed <= QUIET => 0,
+            consumed if self.from_start => consumed * EAGER,
+            consumed if consumed <= CAUTIOUS => consumed / 4,
+            consumed => consumed,
+        }
+    }
+}
+
+/// What is to be fetched ahead, after a read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Ahead {
+    /// Bytes to fetch that nobody has asked for yet; may be empty.
+    pub range: Range<u64>,
+    /// The stream's whole window, bytes: how large the requests may be.
+    pub window: u64,
+}
+
+/// The streams of one object.
+#[derive(Debug, Default)]
+pub(super) struct Pattern {
+    streams: Vec<Stream>,
+    clock: u64,
+}
+
+impl Pattern {
+    /// Notes that `read` was asked for and says what to fetch ahead of it, at most `maximum`
+    /// bytes beyond the read and not beyond `end`.
+    pub fn note(&mut self, read: Range<u64>, maximum: u64, end: u64) -> Ahead {
+        self.clock += 1;
+        let clock = self.clock;
+        let found = self.streams.iter_mut().find(|stream| {
+            read.start + SLACK_BEHIND >= stream.front && read.start <= stream.front + SLACK_AHEAD
+        });
+        let Some(stream) = found else {
+            self.begin(&read, clock);
+            return Ahead {
+                range: read.end..read.end,
+                window: 0,
+            };
+        };
+        let length = read.end - read.start;
+        stream.consumed += length;
+        stream.front = stream.front.max(read.end);
+        stream.touched = clock;
+        stream.window = stream.window.max(stream.deserved()).min(maximum);
+        let from = stream.asked.max(stream.front);
+        let to = stream.front.saturating_add(stream.window).min(end);
+        Ahead {
+            range: from.min(to)..to,
+            window: stream.window,
+        }
+    }
+
+    /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for.
+    pub fn asked(&mut self, front: u64, until: u64) {
+        let found = self.streams.iter_mut().find(|stream| {
+            front + SLACK_BEHIND >= stream.front && front <= stream.front + SLACK_AHEAD
+        });
+        if let Some(stream) = found {
+            stream.asked = stream.asked.max(until);
+        }
+    }
+
+    fn begin(&mut self, read: &Range<u64>, clock: u64) {
+        let stream = Stream {
+            from_start: read.start == 0,
+            front: read.end,
+            consumed: read.end - read.start,
+            window: 0,
+            asked: read.end,
+            touched: clock,
+        };
+        if self.streams.len() < STREAMS {
+            self.streams.push(stream);
+            return;
+        }
+        if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.touched) {
+            *oldest = stream;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const END: u64 = 1 << 40;
+
+    #[test]
+    fn the_first_touch_of_a_place_fetches_nothing_ahead() {
+        let mut pattern = Pattern::default();
+        for place in [0, 500, 3, 900, 77] {
+            let at = place * 100 * MIB;
+            assert!(pattern.note(at..at + MIB, 64 * MIB, END).range.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_sequential_reader_gets_a_window_that_grows_up_to_the_maximum() {
+        let mut pattern = Pattern::default();
+        let mut windows = Vec::new();
+        for index in 0..400 {
+            windows.push(
+                pattern
+                    .note(index * MIB..(index + 1) * MIB, 64 * MIB, END)
+                    .window,
+            );
+        }
+        assert_eq!(windows[0], 0);
+        assert_eq!(windows[1], 8 * MIB);
+        assert!(windows.is_sorted());
+        assert_eq!(*windows.last().unwrap(), 64 * MIB);
+    }
+
+    #[test]
+    fn a_random_read_that_comes_in_pieces_is_no_stream() {
+        let mut pattern = Pattern::default();
+        for place in [700, 20, 510] {
+            for piece in 0..8 {
+                let at = place * MIB + piece * MIB / 8;
+                let ahead = pattern.note(at..at + MIB / 8, 64 * MIB, END);
+                assert!(ahead.range.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_never_passes_the_end_it_is_given() {
+        let mut pattern = Pattern::default();
+        for index in 0..32 {
+            let ahead = pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, 32 * MIB);
+            assert!(ahead.range.end <= 32 * MIB);
+        }
+    }
+
+    #[test]
+    fn a_mapping_faulted_backwards_inside_each_mebibyte_is_sequential() {
+        let mut pattern = Pattern::default();
+        let step = 128 * 1024;
+        let mut window = 0;
+        for mebibyte in 0..64 {
+            for part in (0..8).rev() {
+                let at = mebibyte * MIB + part * step;
+                window = pattern.note(at..at + step, 64 * MIB, END).window;
+            }
+        }
+        assert!(window >= 16 * MIB);
+    }
+
+    #[test]
+    fn two_readers_far_apart_are_two_streams() {
+        let mut pattern = Pattern::default();
+        for index in 0..8 {
+            let far = 1000 * MIB + index * MIB;
+            pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, END);
+            pattern.note(far..far + MIB, 64 * MIB, END);
+        }
+        assert_eq!(pattern.streams.len(), 2);
+        assert!(pattern.streams.iter().all(|stream| stream.window > 0));
+    }
+}

@@ -1,0 +1,110 @@
+//! One SDK client, with one pool of connections, for all buckets.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_config::{BehaviorVersion, Region};
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::{
+    RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
+};
+
+use super::settings::{S3Settings, SignPayload};
+
+/// How often the SDK tries a request before it gives up: with its exponential backoff, about half
+/// a minute of trouble.
+const ATTEMPTS: u32 = 6;
+const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A transfer that moves fewer than one byte a second for this long is stalled, and tried again on
+/// another connection. There is no limit on the whole of a request: what moves is never cut off.
+const STALL_GRACE: Duration = Duration::from_secs(20);
+/// Where an endpoint is named and no region is, this one is signed for.
+const DEFAULT_REGION: &str = "us-east-1";
+
+#[derive(Debug)]
+pub struct S3Client {
+    pub(super) sdk: Client,
+    pub(super) settings: S3Settings,
+    pub(super) unsigned_payload: bool,
+    /// The endpoint takes CRC32C headers. Taken back for good when it refuses one.
+    checksums: AtomicBool,
+}
+
+impl S3Client {
+    pub async fn new(settings: S3Settings) -> Arc<Self> {
+        let named = settings.endpoint.clone().or_else(|| {
+            let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+            variable("AWS_ENDPOINT_URL_S3").or_else(|| variable("AWS_ENDPOINT_URL"))
+        });
+        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+            .retry_config(
+                RetryConfig::standard()
+                    .with_max_attempts(ATTEMPTS)
+                    .with_max_backoff(LONGEST_BACKOFF),
+            )
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .build(),
+            )
+            .stalled_stream_protection(
+                StalledStreamProtectionConfig::enabled()
+                    .grace_period(STALL_GRACE)
+                    .build(),
+            );
+        if settings.anonymous {
+            loader = loader.no_credentials();
+        }
+        let shared = loader.load().await;
+        let mut config = aws_sdk_s3::config::Builder::from(&shared);
+        if let Some(endpoint) = &named {
+            let path_style = settings.path_style.unwrap_or(true);
+            config = config
+                .endpoint_url(endpoint)
+                .force_path_style(path_style)
+                // Stores other than AWS's may not know the newer checksums.
+                .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+                .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+        } else {
+            config = config
+                .force_path_style(settings.path_style.unwrap_or(false))
+                .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+                .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+        }
+        if shared.region().is_none() {
+            config = config.region(Region::new(DEFAULT_REGION));
+        }
+        let plain = named
+            .as_deref()
+            .is_some_and(|endpoint| endpoint.starts_with("http://"));
+        let unsigned_payload = match settings.sign_payload {
+            SignPayload::Auto => !plain,
+            SignPayload::Always => false,
+            SignPayload::Never => true,
+        };
+        Arc::new(Self {
+            sdk: Client::from_conf(config.build()),
+            settings,
+            unsigned_payload,
+            checksums: AtomicBool::new(true),
+        })
+    }
+
+    pub(super) fn checksums(&self) -> bool {
+        self.checksums.load(Ordering::Relaxed)
+    }
+
+    /// The endpoint refused a checksum header: none is sent from now on, and what was stored is
+    /// verified by asking.
+    pub(super) fn refuse_checksums(&self) {
+        if self.checksums.swap(false, Ordering::Relaxed) {
+            tracing::warn!(
+                "the store refuses CRC32C headers; sizes and ETags are compared instead"
+            );
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! `.mlfs/`: the running mount, as files.
+//!
+//! `status` is one JSON document, made when it is opened. Writing anything to `drain` asks for
+//! everything closed and unpublished to be sent now.
+
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::Vfs;
+
+/// A file that is not, or not wholly, in the store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PendingFile {
+    /// Below the mount point.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// `open`, `uploading`, `failed` or `waiting`.
+    pub state: String,
+    /// Why the last attempt failed, if it did.
+    pub reason: Option<String>,
+}
+
+/// Bytes of a budget.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct BudgetStatus {
+    pub limit: u64,
+    pub used: u64,
+    pub peak: u64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ReadStatus {
+    pub bytes_served: u64,
+    pub bytes_demanded: u64,
+    pub bytes_prefetched: u64,
+    pub bytes_cached: u64,
+}
+
+/// `.mlfs/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    pub mountpoint: String,
+    pub tracking_uri: String,
+    pub read_only: bool,
+    pub uptime_seconds: u64,
+    pub pending: Vec<PendingFile>,
+    pub memory: BudgetStatus,
+    pub spill: BudgetStatus,
+    pub read: ReadStatus,
+    /// Requests by kind and bytes each way, as the stores count them.
+    pub store: serde_json::Value,
+    pub inodes: usize,
+}
+
+impl Vfs {
+    /// Everything the store lacks something of.
+    pub fn pending(&self) -> Vec<PendingFile> {
+        let mut pending: Vec<PendingFile> = self
+            .dirty_files()
+            .into_iter()
+            .map(|(inode, file)| {
+                let (size, _) = file.size_and_time();
+                let state = file.state();
+                let reason = state.draft.as_ref().and_then(|draft| draft.failure());
+                let name = match () {
+                    () if state.writers > 0 => "open",
+                    () if state.publishing > 0 => "uploading",
+                    () if reason.is_some() => "failed",
+                    () => "waiting",
+                };
+                drop(state);
+                PendingFile {
+                    path: self.path(inode),
+                    size,
+                    state: name.to_owned(),
+                    reason,
+                }
+            })
+            .collect();
+        pending.sort_by(|one, other| one.path.cmp(&other.path));
+        pending
+    }
+
+    pub fn status(&self) -> Status {
+        let budget = |budget: &crate::budget::Budget| BudgetStatus {
+            limit: budget.limit(),
+            used: budget.used(),
+            peak: budget.peak(),
+        };
+        let read = self.reader.metrics();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            mountpoint: self.options.mountpoint.display().to_string(),
+            tracking_uri: self.options.tracking_uri.clone(),
+            read_only: self.options.read_only,
+            uptime_seconds: SystemTime::now()
+                .duration_since(self.started)
+                .map_or(0, |uptime| uptime.as_secs()),
+            pending: self.pending(),
+            memory: budget(self.writer.memory()),
+            spill: budget(self.writer.spill().budget()),
+            read: ReadStatus {
+                bytes_served: read.bytes_served.load(Ordering::Relaxed),
+                bytes_demanded: read.bytes_demanded.load(Ordering::Relaxed),
+                bytes_prefetched: read.bytes_prefetched.load(Ordering::Relaxed),
+                bytes_cached: self.reader.cached_bytes(),
+            },
+            store: self.stores.metrics(),
+            inodes: self.tree.lock().len(),
+        }
+    }
+
+    pub(super) fn status_document(&self) -> Bytes {
+        match serde_json::to_vec_pretty(&self.status()) {
+            Ok(mut document) => {
+                document.push(b'\n');
+                document.into()
+            }
+            Err(error) => format!("{{\"error\": \"{error}\"}}\n").into(),
+        }
+    }
+}

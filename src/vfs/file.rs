@@ -1,0 +1,86 @@
+//! One file: what is published of it, what is being written, who has it open.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+use super::directory::FileInfo;
+use crate::read::ObjectReader;
+use crate::write::Draft;
+
+/// A file's state. Shared by its node and its handles; lives as long as either.
+#[derive(Debug)]
+pub struct File {
+    state: Mutex<FileState>,
+    /// One change of name, or removal, at a time.
+    pub moving: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+pub struct FileState {
+    /// What the store has under the file's name.
+    pub published: Option<FileInfo>,
+    pub draft: Option<Arc<Draft>>,
+    /// The reader of the published version that is open, shared by all handles.
+    pub reader: Option<Arc<ObjectReader>>,
+    /// Open handles.
+    pub handles: usize,
+    /// Open handles that may write.
+    pub writers: usize,
+    /// Publications under way that no caller waits for.
+    pub publishing: usize,
+    /// Set by `utimens`, or by a write.
+    pub modified: Option<SystemTime>,
+    /// The version whose pages the kernel may hold.
+    pub kernel_version: Option<u64>,
+}
+
+impl File {
+    pub fn new(published: Option<FileInfo>) -> Arc<Self> {
+        let state = FileState {
+            published,
+            ..FileState::default()
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            moving: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    pub fn state(&self) -> parking_lot::MutexGuard<'_, FileState> {
+        self.state.lock()
+    }
+
+    /// Whether it must be kept though nobody looks: open, or not (wholly) in the store.
+    pub fn is_needed(&self) -> bool {
+        let state = self.state.lock();
+        state.handles > 0
+            || state.publishing > 0
+            || state.draft.as_ref().is_some_and(|draft| draft.is_dirty())
+    }
+
+    /// Whether the store lacks something of it.
+    pub fn is_dirty(&self) -> bool {
+        self.state
+            .lock()
+            .draft
+            .as_ref()
+            .is_some_and(|draft| draft.is_dirty())
+    }
+
+    /// Bytes and time of last change, as `stat` shows them.
+    pub fn size_and_time(&self) -> (u64, SystemTime) {
+        let state = self.state.lock();
+        let published = state.published.as_ref();
+        let size = match &state.draft {
+            Some(draft) => draft.size(),
+            None => published.map_or(0, |info| info.size),
+        };
+        let time = state
+            .modified
+            .or(published.map(|info| info.modified))
+            .unwrap_or(SystemTime::UNIX_EPOCH);
+        (size, time)
+    }
+}

@@ -1,0 +1,146 @@
+//! Open files and directories.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+
+use super::error::{VfsError, VfsResult};
+use super::file::File;
+use super::readdir::DirectoryStream;
+use super::tree::Inode;
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct FileHandle {
+    pub inode: Inode,
+    pub file: Arc<File>,
+    pub writable: bool,
+    /// Processes (thread groups) that opened the file through this handle or wrote through it:
+    /// their close publishes, that of a child which merely inherited the descriptor does not.
+    publishers: Mutex<Publishers>,
+}
+
+#[derive(Debug, Default)]
+struct Publishers {
+    groups: HashSet<u32>,
+    /// The thread seen last, so that a run of writes asks for its group once.
+    last_thread: u32,
+}
+
+impl FileHandle {
+    pub fn new(inode: Inode, file: Arc<File>, writable: bool, thread: u32) -> Self {
+        let handle = Self {
+            inode,
+            file,
+            writable,
+            publishers: Mutex::default(),
+        };
+        if writable {
+            handle.note_publisher(thread);
+        }
+        handle
+    }
+
+    /// The process of `thread` has a part in the file's content.
+    pub fn note_publisher(&self, thread: u32) {
+        let mut publishers = self.publishers.lock();
+        if publishers.last_thread != thread {
+            publishers.last_thread = thread;
+            publishers.groups.insert(thread_group(thread));
+        }
+    }
+
+    pub fn may_publish(&self, thread: u32) -> bool {
+        self.publishers
+            .lock()
+            .groups
+            .contains(&thread_group(thread))
+    }
+}
+
+/// The process a thread belongs to; the thread itself where that cannot be told.
+fn thread_group(thread: u32) -> u32 {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Tgid:"))
+        .and_then(|group| group.trim().parse().ok())
+        .unwrap_or(thread)
+}
+
+/// Something open.
+#[derive(Clone, Debug)]
+enum Open {
+    File(Arc<FileHandle>),
+    Directory(Arc<DirectoryStream>),
+    /// A control file's content, as it was when it was opened.
+    Document(Bytes),
+    Drain,
+}
+
+/// All open handles, by number.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    open: RwLock<HashMap<u64, Open>>,
+    next: AtomicU64,
+}
+
+impl Handles {
+    fn add(&self, open: Open) -> u64 {
+        let handle = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        self.open.write().insert(handle, open);
+        handle
+    }
+
+    pub fn add_file(&self, handle: FileHandle) -> u64 {
+        self.add(Open::File(Arc::new(handle)))
+    }
+
+    pub fn add_directory(&self, stream: Arc<DirectoryStream>) -> u64 {
+        self.add(Open::Directory(stream))
+    }
+
+    pub fn add_document(&self, content: Bytes) -> u64 {
+        self.add(Open::Document(content))
+    }
+
+    pub fn add_drain(&self) -> u64 {
+        self.add(Open::Drain)
+    }
+
+    pub fn file(&self, handle: u64) -> VfsResult<Arc<FileHandle>> {
+        match self.open.read().get(&handle) {
+            Some(Open::File(file)) => Ok(Arc::clone(file)),
+            _ => Err(VfsError::BAD_HANDLE),
+        }
+    }
+
+    pub fn directory(&self, handle: u64) -> VfsResult<Arc<DirectoryStream>> {
+        match self.open.read().get(&handle) {
+            Some(Open::Directory(stream)) => Ok(Arc::clone(stream)),
+            _ => Err(VfsError::BAD_HANDLE),
+        }
+    }
+
+    pub fn document(&self, handle: u64) -> Option<Bytes> {
+        match self.open.read().get(&handle) {
+            Some(Open::Document(content)) => Some(content.clone()),
+            _ => None,
+        }
+    }
+
+    pub fn is_drain(&self, handle: u64) -> bool {
+        matches!(self.open.read().get(&handle), Some(Open::Drain))
+    }
+
+    /// Closes a handle; returns the file's, if it was a file's.
+    pub fn remove(&self, handle: u64) -> Option<Arc<FileHandle>> {
+        match self.open.write().remove(&handle) {
+            Some(Open::File(file)) => Some(file),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! Resolving names: from what is known where that is fresh, from the store where it is not.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::directory::{Entry, Lookup};
+use super::error::{VfsError, VfsResult};
+use super::file::File;
+use super::names::{self, entries};
+use super::tree::{CONTROL, DRAIN, DirectoryNode, Inode, Kind, ROOT, STATUS, Tree};
+use super::{EntryAttributes, Vfs};
+use crate::catalog::RunEntry;
+use crate::store::Location;
+
+/// Keys asked for when one name is looked up: the object, names that sort between it and the
+/// directory of that name, the directory.
+const POINT_LOOKUP_KEYS: u32 = 100;
+
+/// A directory inside an artifact root, ready to be asked.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub inode: Inode,
+    pub directory: Arc<DirectoryNode>,
+    pub location: Location,
+    /// The path below the run, without slashes at its ends.
+    pub path: String,
+}
+
+impl Place {
+    /// The prefix of everything in this directory.
+    pub fn prefix(&self) -> String {
+        let key = self.location.key(&self.path);
+        if key.is_empty() {
+            key
+        } else {
+            format!("{key}/")
+        }
+    }
+
+    /// The key of a name in this directory.
+    pub fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix())
+    }
+}
+
+impl Vfs {
+    /// Finds `name` in `parent` and counts a lookup of it.
+    pub async fn lookup(&self, parent: Inode, name: &OsStr) -> VfsResult<EntryAttributes> {
+        let name = names::from_kernel(name)?;
+        let (inode, believed) = self.resolve(parent, name).await?;
+        let mut tree = self.tree.lock();
+        tree.add_lookup(inode);
+        let node = tree.get(inode).ok_or(VfsError::NOT_FOUND)?;
+        Ok(self.describe(inode, node, believed))
+    }
+
+    /// The inode of `name` in `parent`, and for how long it may be believed.
+    pub(super) async fn resolve(&self, parent: Inode, name: &str) -> VfsResult<(Inode, Duration)> {
+        let ttl = self.options.metadata_ttl;
+        match (parent, name) {
+            (ROOT, ".mlfs") => return Ok((CONTROL, ttl)),
+            (CONTROL, "status") => return Ok((STATUS, ttl)),
+            (CONTROL, "drain") => return Ok((DRAIN, ttl)),
+            (CONTROL, _) => return Err(VfsError::NOT_FOUND),
+            (ROOT, _) => {
+                let run = self.catalog.run_entry(name).await?;
+                return Ok((self.run_node(run), ttl));
+            }
+            _ => {}
+        }
+        if let Some(inode) = self.local_child(parent, name)? {
+            return Ok((inode, ttl));
+        }
+        let place = self.place(parent).await?;
+        let mut found = place.directory.names.lock().lookup(name, ttl);
+        if found == Lookup::Unknown {
+            found = self.ask(&place, name).await?;
+        }
+        // It may have been made here while the store was asked.
+        if let Some(inode) = self.local_child(parent, name)? {
+            return Ok((inode, ttl));
+        }
+        match found {
+            Lookup::Found(entry, at) => {
+                let believed = ttl.saturating_sub(at.elapsed());
+                Ok((self.node(parent, name, &entry), believed))
+            }
+            Lookup::Absent | Lookup::Unknown => {
+                self.tree.lock().unlink(parent, name);
+                Err(VfsError::NOT_FOUND)
+            }
+        }
+    }
+
+    /// A child that counts whatever the store says: unpublished, or a local directory.
+    fn local_child(&self, parent: Inode, name: &str) -> VfsResult<Option<Inode>> {
+        let tree = self.tree.lock();
+        let node = tree.get(parent).ok_or(VfsError::STALE)?;
+        if !node.is_directory() {
+            return Err(VfsError::NOT_DIRECTORY);
+        }
+        Ok(tree
+            .child(parent, name)
+            .and_then(|(inode, node)| match &node.kind {
+                Kind::File(file) => file.is_dirty().then_some(inode),
+                Kind::Directory(_) => exists_locally(&tree, inode).then_some(inode),
+                _ => None,
+            }))
+    }
+
+    /// Opens a directory's location.
+    pub(super) async fn place(&self, inode: Inode) -> VfsResult<Place> {
+        let (run, run_id, known, path, directory) = {
+            let tree = self.tree.lock();
+            let node = tree.get(inode).ok_or(VfsError::STALE)?;
+            let directory = match &node.kind {
+                Kind::Run(_, directory) | Kind::Directory(directory) => Arc::clone(directory),
+                Kind::File(_) | Kind::Status | Kind::Drain => {
+                    return Err(VfsError::NOT_DIRECTORY);
+                }
+                Kind::Root | Kind::Control => return Err(VfsError::NOT_PERMITTED),
+            };
+            let (run, path) = tree.place(inode).ok_or(VfsError::STALE)?;
+            let node = tree.get(run).ok_or(VfsError::STALE)?;
+            (
+                run,
+                node.name.clone(),
+                node.location.clone(),
+                path,
+                directory,
+            )
+        };
+        let location = match known {
+            Some(location) => location,
+            None => {
+                let root = self.catalog.run(&run_id).await?;
+                if let Some(node) = self.tree.lock().get_mut(run) {
+                    node.location = Some(root.location.clone());
+                }
+                root.location.clone()
+            }
+        };
+        Ok(Place {
+            inode,
+            directory,
+            location,
+            path,
+        })
+    }
+
+    /// Asks the store for one name: with the whole directory where that is one page, singly where
+    /// it is not.
+    async fn ask(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
+        let ttl = self.options.metadata_ttl;
+        {
+            let _gate = place.directory.gate.lock().await;
+            let known = place.directory.names.lock().lookup(name, ttl);
+            if known != Lookup::Unknown {
+                return Ok(known);
+            }
+            if !place.directory.names.lock().is_large(ttl) {
+                if let Some(found) = self.ask_page(place, name).await? {
+                    return Ok(found);
+                }
+            }
+        }
+        self.ask_point(place, name).await
+    }
+
+    async fn ask_page(&self, place: &Place, name: &str) -> VfsResult<Option<Lookup>> {
+        let prefix = place.prefix();
+        let begun = Instant::now();
+        place.directory.names.lock().begin_listing();
+        let page = place.location.store.list(&prefix, true, None, None).await;
+        let mut names = place.directory.names.lock();
+        let page = match page {
+            Ok(page) => page,
+            Err(error) => {
+                names.end_listing(begun, None);
+                return Err(error.into());
+            }
+        };
+        let mut listed = entries(&prefix, &page);
+        if page.next.is_none() {
+            names.overlay(&mut listed);
+            let answer = answer(&listed, name, begun);
+            names.end_listing(begun, Some(listed));
+            return Ok(Some(answer));
+        }
+        names.overlay(&mut listed);
+        for (listed_name, entry) in &listed {
+            names.note(listed_name, Some(entry.clone()), begun);
+        }
+        names.end_listing(begun, None);
+        names.note_large(begun);
+        Ok(listed
+            .get(name)
+            .map(|entry| Lookup::Found(entry.clone(), begun)))
+    }
+
+    async fn ask_point(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
+        let key = place.key(name);
+        let below = format!("{key}/");
+        let begun = Instant::now();
+        let store = &place.location.store;
+        let page = store
+            .list(&key, true, None, Some(POINT_LOOKUP_KEYS))
+            .await?;
+        let listed = entries(&place.prefix(), &page);
+        let mut entry = listed.get(name).cloned();
+        let passed = page.objects.iter().any(|object| object.key > below)
+            || page
+                .prefixes
+                .iter()
+                .any(|prefix| prefix.as_str() >= below.as_str());
+        if page.next.is_some() && !passed && entry != Some(Entry::Directory) {
+            let page = store.list(&below, true, None, Some(1)).await?;
+            if !page.objects.is_empty() || !page.prefixes.is_empty() {
+                entry = Some(Entry::Directory);
+            }
+        }
+        let mut names = place.directory.names.lock();
+        names.note(name, entry, begun);
+        Ok(names.lookup(name, Duration::MAX))
+    }
+
+    fn run_node(&self, run: RunEntry) -> Inode {
+        let mut tree = self.tree.lock();
+        run_node(&mut tree, run)
+    }
+
+    /// The node of something the store has.
+    pub(super) fn node(&self, parent: Inode, name: &str, entry: &Entry) -> Inode {
+        let mut tree = self.tree.lock();
+        store_node(&mut tree, parent, name, entry)
+    }
+
+    /// The node of something a listing showed.
+    pub(super) fn listed_node(&self, parent: Inode, listed: &super::Listed) -> Inode {
+        match (parent, listed.name.as_str()) {
+            (CONTROL, "status") => return STATUS,
+            (CONTROL, _) => return DRAIN,
+            _ => {}
+        }
+        let mut tree = self.tree.lock();
+        match &listed.run {
+            Some(run) => run_node(&mut tree, run.clone()),
+            None => {
+                let local = tree.child(parent, &listed.name).and_then(|(inode, node)| {
+                    let counts = match &node.kind {
+                        Kind::File(file) => file.is_dirty(),
+                        _ => exists_locally(&tree, inode),
+                    };
+                    counts.then_some(inode)
+                });
+                local.unwrap_or_else(|| store_node(&mut tree, parent, &listed.name, &listed.entry))
+            }
+        }
+    }
+}
+
+fn answer(listed: &BTreeMap<String, Entry>, name: &str, at: Instant) -> Lookup {
+    match listed.get(name) {
+        Some(entry) => Lookup::Found(entry.clone(), at),
+        None => Lookup::Absent,
+    }
+}
+
+/// A directory that is there although the store may have nothing in it.
+pub(super) fn exists_locally(tree: &Tree, inode: Inode) -> bool {
+    let Some(node) = tree.get(inode) else {
+        return false;
+    };
+    if node.local {
+        return true;
+    }
+    node.children
+        .values()
+        .any(|child| match tree.get(*child).map(|node| &node.kind) {
+            Some(Kind::File(file)) => file.is_dirty(),
+            Some(Kind::Directory(_)) => exists_locally(tree, *child),
+            _ => false,
+        })
+}
+
+fn run_node(tree: &mut Tree, run: RunEntry) -> Inode {
+    if let Some((inode, _)) = tree.child(ROOT, &run.run_id) {
+        if let Some(node) = tree.get_mut(inode)
+            && let Kind::Run(known, _) = &mut node.kind
+        {
+            *known = run;
+        }
+        return inode;
+    }
+    let (name, modified) = (run.run_id.clone(), run.modified);
+    tree.insert(ROOT, &name, Kind::Run(run, Arc::default()), modified)
+}
+
+fn store_node(tree: &mut Tree, parent: Inode, name: &str, entry: &Entry) -> Inode {
+    if let Some((inode, node)) = tree.child(parent, name) {
+        match (&node.kind, entry) {
+            (Kind::Directory(_), Entry::Directory) => return inode,
+            (Kind::File(file), Entry::File(info)) => {
+                let mut state = file.state();
+                let same = state
+                    .published
+                    .as_ref()
+                    .is_some_and(|known| known.size == info.size && known.etag == info.etag);
+                if same {
+                    return inode;
+                }
+                // Somebody else wrote a new version. Who has the old one open keeps it, under an
+                // inode of its own, so that the kernel's pages of the two never meet.
+                if state.handles == 0 && state.kernel_version.is_none() {
+                    state.published = Some(info.clone());
+                    state.modified = None;
+                    state.reader = None;
+                    return inode;
+                }
+            }
+            _ => {}
+        }
+    }
+    let modified = match entry {
+        Entry::File(info) => info.modified,
+        Entry::Directory => containing_time(tree, parent),
+    };
+    let kind = match entry {
+        Entry::File(info) => Kind::File(File::new(Some(info.clone()))),
+        Entry::Directory => Kind::Directory(Arc::default()),
+    };
+    tree.insert(parent, name, kind, modified)
+}
+
+/// Stores keep no time for directories: they show that of the run.
+fn containing_time(tree: &Tree, parent: Inode) -> SystemTime {
+    match tree.get(parent).map(|node| (&node.kind, node.modified)) {
+        Some((Kind::Run(run, _), _)) => run.modified,
+        Some((_, modified)) => modified,
+        None => SystemTime::UNIX_EPOCH,
+    }
+}

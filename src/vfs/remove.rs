@@ -1,0 +1,163 @@
+//! Making directories, and taking files and directories away.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::error::{VfsError, VfsResult};
+use super::file::File;
+use super::lookup::{Place, exists_locally};
+use super::names;
+use super::tree::{Inode, Kind};
+use super::{EntryAttributes, Vfs};
+
+impl Vfs {
+    /// Makes a directory. It lives here until a file is in it: stores know no empty ones.
+    pub async fn make_directory(&self, parent: Inode, name: &OsStr) -> VfsResult<EntryAttributes> {
+        self.check_writable()?;
+        let name = names::from_kernel(name)?;
+        match self.resolve(parent, name).await {
+            Ok(_) => return Err(VfsError::EXISTS),
+            Err(error) if error.errno == libc::ENOENT => {}
+            Err(error) => return Err(error),
+        }
+        let place = self.place(parent).await?;
+        names::check_key(&place.key(name))?;
+        let mut tree = self.tree.lock();
+        if tree.child(parent, name).is_some() {
+            return Err(VfsError::EXISTS);
+        }
+        let kind = Kind::Directory(Arc::default());
+        let inode = tree.insert(parent, name, kind, SystemTime::now());
+        if let Some(node) = tree.get_mut(inode) {
+            node.local = true;
+        }
+        tree.add_lookup(inode);
+        let node = tree.get(inode).ok_or(VfsError::STALE)?;
+        Ok(self.describe(inode, node, self.options.metadata_ttl))
+    }
+
+    /// Removes an empty directory.
+    pub async fn remove_directory(&self, parent: Inode, name: &OsStr) -> VfsResult<()> {
+        self.check_writable()?;
+        let name = names::from_kernel(name)?;
+        let (inode, _) = self.resolve(parent, name).await?;
+        let kind = self.kind(inode)?;
+        if !matches!(kind, Kind::Directory(_)) {
+            return Err(match kind {
+                Kind::File(_) => VfsError::NOT_DIRECTORY,
+                _ => VfsError::NOT_PERMITTED,
+            });
+        }
+        let place = self.place(parent).await?;
+        self.check_empty(inode, &place, name).await?;
+        let marker = format!("{}/", place.key(name));
+        if self.marker_exists(&place, &marker).await? {
+            place.location.store.delete(&[marker]).await?;
+        }
+        place.directory.names.lock().change(name, None);
+        let mut tree = self.tree.lock();
+        tree.unlink(parent, name);
+        keep_directory(&mut tree, parent);
+        Ok(())
+    }
+
+    pub(super) fn kind(&self, inode: Inode) -> VfsResult<Kind> {
+        self.tree
+            .lock()
+            .get(inode)
+            .map(|node| node.kind.clone())
+            .ok_or(VfsError::STALE)
+    }
+
+    /// Fails unless neither the store nor this mount has anything in the directory.
+    pub(super) async fn check_empty(
+        &self,
+        inode: Inode,
+        parent: &Place,
+        name: &str,
+    ) -> VfsResult<()> {
+        {
+            let tree = self.tree.lock();
+            let node = tree.get(inode).ok_or(VfsError::STALE)?;
+            let occupied =
+                node.children
+                    .values()
+                    .any(|child| match tree.get(*child).map(|node| &node.kind) {
+                        Some(Kind::File(file)) => file.is_dirty(),
+                        _ => exists_locally(&tree, *child),
+                    });
+            if occupied {
+                return Err(VfsError::NOT_EMPTY);
+            }
+        }
+        let prefix = format!("{}/", parent.key(name));
+        let page = parent
+            .location
+            .store
+            .list(&prefix, true, None, Some(2))
+            .await?;
+        let occupied =
+            page.objects.iter().any(|object| object.key != prefix) || !page.prefixes.is_empty();
+        if occupied {
+            Err(VfsError::NOT_EMPTY)
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn marker_exists(&self, place: &Place, marker: &str) -> VfsResult<bool> {
+        let page = place
+            .location
+            .store
+            .list(marker, true, None, Some(1))
+            .await?;
+        Ok(page.objects.iter().any(|object| object.key == marker))
+    }
+
+    /// Removes a file. What is open and unpublished of it can still be used, and is never
+    /// published.
+    pub async fn unlink(&self, parent: Inode, name: &OsStr) -> VfsResult<()> {
+        self.check_writable()?;
+        let name = names::from_kernel(name)?;
+        let (inode, _) = self.resolve(parent, name).await?;
+        let file = match self.kind(inode)? {
+            Kind::File(file) => file,
+            Kind::Status | Kind::Drain => return Err(VfsError::NOT_PERMITTED),
+            _ => return Err(VfsError::IS_DIRECTORY),
+        };
+        let place = self.place(parent).await?;
+        let _moving = file.moving.lock().await;
+        if file.state().published.is_some() {
+            place.location.store.delete(&[place.key(name)]).await?;
+        }
+        self.detach(&file).await;
+        place.directory.names.lock().change(name, None);
+        let mut tree = self.tree.lock();
+        tree.unlink(parent, name);
+        keep_directory(&mut tree, parent);
+        Ok(())
+    }
+
+    /// The file has no name any more: nothing of it will be published.
+    pub(super) async fn detach(&self, file: &File) {
+        let draft = {
+            let mut state = file.state();
+            state.published = None;
+            state.draft.clone()
+        };
+        if let Some(draft) = draft {
+            draft.detach().await;
+        }
+    }
+}
+
+/// A directory outlives the last file in it.
+pub(super) fn keep_directory(tree: &mut super::tree::Tree, inode: Inode) {
+    if let Some(node) = tree.get_mut(inode)
+        && matches!(node.kind, Kind::Directory(_))
+    {
+        node.local = true;
+        node.modified = SystemTime::now();
+    }
+}

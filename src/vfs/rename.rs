@@ -1,0 +1,328 @@
+//! Renaming files and directories.
+//!
+//! What is not published yet just gets another name to be published under. What is published is
+//! copied inside the store and deleted under its old name: the copy first, so that at every
+//! moment one of the two names has the whole file.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::sync::MutexGuard;
+
+use super::Vfs;
+use super::directory::{Entry, FileInfo};
+use super::error::{VfsError, VfsResult};
+use super::file::File;
+use super::lookup::Place;
+use super::names;
+use super::remove::keep_directory;
+use super::tree::{Inode, Kind};
+use crate::read::Source;
+use crate::store::{ObjectMeta, Store};
+use crate::write::Target;
+
+/// Objects of one directory copied at once.
+const COPIES: usize = 32;
+
+/// `renameat2`'s flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RenameMode {
+    Replace,
+    /// `RENAME_NOREPLACE`.
+    NoReplace,
+}
+
+/// One end of a rename.
+struct End<'a> {
+    place: Place,
+    name: &'a str,
+}
+
+impl End<'_> {
+    fn key(&self) -> String {
+        self.place.key(self.name)
+    }
+
+    fn target(&self) -> Target {
+        Target {
+            store: Arc::clone(&self.place.location.store),
+            key: self.key(),
+        }
+    }
+}
+
+impl Vfs {
+    pub async fn rename(
+        &self,
+        parent: Inode,
+        name: &OsStr,
+        to_parent: Inode,
+        to_name: &OsStr,
+        mode: RenameMode,
+    ) -> VfsResult<()> {
+        self.check_writable()?;
+        let name = names::from_kernel(name)?;
+        let to_name = names::from_kernel(to_name)?;
+        let from = End {
+            place: self.place(parent).await?,
+            name,
+        };
+        let to = End {
+            place: self.place(to_parent).await?,
+            name: to_name,
+        };
+        if !Arc::ptr_eq(&from.place.location.store, &to.place.location.store) {
+            return Err(VfsError::OTHER_STORE);
+        }
+        names::check_key(&to.key())?;
+        let (inode, _) = self.resolve(parent, name).await?;
+        let replaced = match self.resolve(to_parent, to_name).await {
+            Ok((other, _)) => Some(other),
+            Err(error) if error.errno == libc::ENOENT => None,
+            Err(error) => return Err(error),
+        };
+        if replaced.is_some() && mode == RenameMode::NoReplace {
+            return Err(VfsError::EXISTS);
+        }
+        if replaced == Some(inode) {
+            return Ok(());
+        }
+        let replaced = match replaced {
+            Some(other) => Some((other, self.kind(other)?)),
+            None => None,
+        };
+        match self.kind(inode)? {
+            Kind::File(file) => self.rename_file(&file, replaced, &from, &to).await,
+            Kind::Directory(_) => self.rename_directory(inode, replaced, &from, &to).await,
+            _ => Err(VfsError::NOT_PERMITTED),
+        }
+    }
+
+    async fn rename_file(
+        &self,
+        file: &Arc<File>,
+        replaced: Option<(Inode, Kind)>,
+        from: &End<'_>,
+        to: &End<'_>,
+    ) -> VfsResult<()> {
+        let replaced = match replaced {
+            None => None,
+            Some((_, Kind::File(other))) => Some(other),
+            Some(_) => return Err(VfsError::IS_DIRECTORY),
+        };
+        let _moving = file.moving.lock().await;
+        let published = file.state().published.clone();
+        let moved = match &published {
+            Some(info) => Some(self.move_published(file, info, from, to).await?),
+            None => None,
+        };
+        let draft = file.state().draft.clone();
+        if let Some(draft) = draft {
+            draft.retarget(to.target()).await;
+        }
+        if let Some(other) = replaced {
+            self.detach(&other).await;
+        }
+        {
+            let mut changed = to.place.directory.names.lock();
+            if let Some(info) = moved {
+                changed.change(to.name, Some(Entry::File(info)));
+            }
+        }
+        if published.is_some() {
+            from.place.directory.names.lock().change(from.name, None);
+        }
+        let mut tree = self.tree.lock();
+        tree.rename(from.place.inode, from.name, to.place.inode, to.name);
+        keep_directory(&mut tree, from.place.inode);
+        Ok(())
+    }
+
+    /// Moves the object of a published file, and points its readers to the new place.
+    async fn move_published(
+        &self,
+        file: &File,
+        info: &FileInfo,
+        from: &End<'_>,
+        to: &End<'_>,
+    ) -> VfsResult<FileInfo> {
+        let store = &from.place.location.store;
+        let source = object(&from.key(), info);
+        let moved = copy(store, &source, &to.key()).await?;
+        store.delete(&[source.key]).await?;
+        self.repoint(file, store, &to.key(), &moved);
+        Ok(moved)
+    }
+
+    fn repoint(&self, file: &File, store: &Arc<dyn Store>, key: &str, moved: &FileInfo) {
+        let source = Source {
+            store: Arc::clone(store),
+            key: key.to_owned(),
+            etag: moved.etag.clone(),
+            size: moved.size,
+        };
+        let mut state = file.state();
+        state.published = Some(moved.clone());
+        if let Some(reader) = &state.reader {
+            reader.repoint(source.clone());
+        }
+        if let Some(draft) = &state.draft {
+            draft.repoint_base(source);
+        }
+    }
+
+    async fn rename_directory(
+        &self,
+        inode: Inode,
+        replaced: Option<(Inode, Kind)>,
+        from: &End<'_>,
+        to: &End<'_>,
+    ) -> VfsResult<()> {
+        let below = format!("{}/", from.key());
+        let onto = format!("{}/", to.key());
+        if onto.starts_with(&below) {
+            return Err(VfsError::INVALID);
+        }
+        match replaced {
+            None => {}
+            Some((other, Kind::Directory(_))) => {
+                self.check_empty(other, &to.place, to.name).await?;
+            }
+            Some(_) => return Err(VfsError::NOT_DIRECTORY),
+        }
+        let files = {
+            let mut files = self.tree.lock().files_below(inode);
+            // Always in one order, so that two renames cannot wait for each other.
+            files.sort_by_key(|(inode, _)| *inode);
+            files
+        };
+        let mut moving: Vec<MutexGuard<'_, ()>> = Vec::with_capacity(files.len());
+        for (_, file) in &files {
+            moving.push(file.moving.lock().await);
+        }
+        let store = &from.place.location.store;
+        let objects = all_objects(store, &below).await?;
+        let copied = copy_all(store, &objects, &below, &onto).await?;
+        let old: Vec<String> = objects.into_iter().map(|object| object.key).collect();
+        store.delete(&old).await?;
+        for (file_inode, file) in &files {
+            self.retarget_below(*file_inode, file, &below, &onto, &copied)
+                .await?;
+        }
+        from.place.directory.names.lock().change(from.name, None);
+        if !copied.is_empty() {
+            to.place
+                .directory
+                .names
+                .lock()
+                .change(to.name, Some(Entry::Directory));
+        }
+        let mut tree = self.tree.lock();
+        forget_listings(&tree, inode);
+        tree.rename(from.place.inode, from.name, to.place.inode, to.name);
+        keep_directory(&mut tree, inode);
+        keep_directory(&mut tree, from.place.inode);
+        Ok(())
+    }
+
+    /// A file below a directory that moves: its draft and its readers follow.
+    async fn retarget_below(
+        &self,
+        inode: Inode,
+        file: &File,
+        below: &str,
+        onto: &str,
+        copied: &[(String, FileInfo)],
+    ) -> VfsResult<()> {
+        let Target { store, key } = self.target(inode).await?;
+        let Some(relative) = key.strip_prefix(below) else {
+            return Ok(());
+        };
+        let key = format!("{onto}{relative}");
+        if let Some((_, info)) = copied.iter().find(|(copied, _)| *copied == key) {
+            self.repoint(file, &store, &key, info);
+        }
+        let draft = file.state().draft.clone();
+        if let Some(draft) = draft {
+            draft.retarget(Target { store, key }).await;
+        }
+        Ok(())
+    }
+}
+
+fn object(key: &str, info: &FileInfo) -> ObjectMeta {
+    ObjectMeta {
+        key: key.to_owned(),
+        size: info.size,
+        etag: info.etag.clone(),
+        modified: Some(info.modified),
+    }
+}
+
+async fn copy(store: &Arc<dyn Store>, source: &ObjectMeta, to: &str) -> VfsResult<FileInfo> {
+    let stored = store.copy(source, to).await?;
+    Ok(FileInfo {
+        size: source.size,
+        etag: stored.etag,
+        modified: stored
+            .modified
+            .or(source.modified)
+            .unwrap_or_else(std::time::SystemTime::now),
+    })
+}
+
+async fn all_objects(store: &Arc<dyn Store>, prefix: &str) -> VfsResult<Vec<ObjectMeta>> {
+    let mut objects = Vec::new();
+    let mut token = None;
+    loop {
+        let page = store.list(prefix, false, token.as_deref(), None).await?;
+        objects.extend(page.objects);
+        token = page.next;
+        if token.is_none() {
+            return Ok(objects);
+        }
+    }
+}
+
+/// Copies every object; when one cannot be copied, the copies made so far are removed again.
+async fn copy_all(
+    store: &Arc<dyn Store>,
+    objects: &[ObjectMeta],
+    below: &str,
+    onto: &str,
+) -> VfsResult<Vec<(String, FileInfo)>> {
+    let pairs: Vec<(ObjectMeta, String)> = objects
+        .iter()
+        .filter_map(|source| {
+            let relative = source.key.strip_prefix(below)?;
+            Some((source.clone(), format!("{onto}{relative}")))
+        })
+        .collect();
+    let copies = stream::iter(pairs.clone()).map(|(source, key)| {
+        let store = Arc::clone(store);
+        async move {
+            let info = copy(&store, &source, &key).await?;
+            Ok::<_, VfsError>((key, info))
+        }
+    });
+    let copied: VfsResult<Vec<_>> = copies.buffer_unordered(COPIES).try_collect().await;
+    if copied.is_err() {
+        let keys: Vec<String> = pairs.into_iter().map(|(_, key)| key).collect();
+        if let Err(error) = store.delete(&keys).await {
+            tracing::warn!(%error, "a directory was not renamed, and copies of its files remain");
+        }
+    }
+    copied
+}
+
+/// What was listed below a directory that moved is asked for again.
+fn forget_listings(tree: &super::tree::Tree, inode: Inode) {
+    let Some(node) = tree.get(inode) else { return };
+    if let Kind::Directory(directory) = &node.kind {
+        directory.names.lock().forget();
+    }
+    for child in node.children.values() {
+        forget_listings(tree, *child);
+    }
+}

@@ -1,0 +1,277 @@
+//! Inodes: which there are, where they hang, and how long they live.
+//!
+//! The tree holds what the kernel has looked up and what exists only locally; nothing else. A
+//! node lives while the kernel counts lookups of it, while it has children, and while it holds
+//! bytes that the store lacks.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+use super::directory::Directory;
+use super::file::File;
+use crate::catalog::RunEntry;
+use crate::store::Location;
+
+/// An inode number, as the kernel knows it.
+pub type Inode = u64;
+
+/// The mount's own directory.
+pub const ROOT: Inode = 1;
+/// `.mlfs`, the control directory.
+pub const CONTROL: Inode = 2;
+/// `.mlfs/status`.
+pub const STATUS: Inode = 3;
+/// `.mlfs/drain`.
+pub const DRAIN: Inode = 4;
+const FIRST_FREE: Inode = 16;
+
+/// The state of a directory inside an artifact root, shared by those who list it.
+#[derive(Debug, Default)]
+pub struct DirectoryNode {
+    pub names: Mutex<Directory>,
+    /// One listing of the first page at a time.
+    pub gate: tokio::sync::Mutex<()>,
+}
+
+#[derive(Clone, Debug)]
+pub enum Kind {
+    Root,
+    /// `.mlfs`.
+    Control,
+    Status,
+    Drain,
+    /// A run's artifact root; its location is opened when somebody enters it.
+    Run(RunEntry, Arc<DirectoryNode>),
+    Directory(Arc<DirectoryNode>),
+    File(Arc<File>),
+}
+
+#[derive(Debug)]
+pub struct Node {
+    pub parent: Inode,
+    pub name: String,
+    pub kind: Kind,
+    /// Lookups the kernel has not forgotten yet.
+    pub lookups: u64,
+    pub children: BTreeMap<String, Inode>,
+    /// A directory that exists whether or not the store has a file in it.
+    pub local: bool,
+    /// No longer at its name.
+    pub unlinked: bool,
+    pub modified: SystemTime,
+    /// Where a run's artifacts are, once it was entered.
+    pub location: Option<Location>,
+}
+
+#[derive(Debug)]
+pub struct Tree {
+    nodes: HashMap<Inode, Node>,
+    next: Inode,
+}
+
+impl Node {
+    fn new(parent: Inode, name: &str, kind: Kind, modified: SystemTime) -> Self {
+        Self {
+            parent,
+            name: name.to_owned(),
+            kind,
+            lookups: 0,
+            children: BTreeMap::new(),
+            local: false,
+            unlinked: false,
+            modified,
+            location: None,
+        }
+    }
+
+    /// Whether it must stay though the kernel has forgotten it.
+    fn is_needed(&self) -> bool {
+        match &self.kind {
+            Kind::Root | Kind::Control | Kind::Status | Kind::Drain => true,
+            Kind::File(file) => file.is_needed(),
+            Kind::Run(..) => !self.children.is_empty(),
+            Kind::Directory(_) => (self.local && !self.unlinked) || !self.children.is_empty(),
+        }
+    }
+
+    pub fn is_directory(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::Root | Kind::Control | Kind::Run(..) | Kind::Directory(_)
+        )
+    }
+}
+
+impl Tree {
+    pub fn new(now: SystemTime) -> Self {
+        let nodes = HashMap::from([
+            (ROOT, Node::new(ROOT, "", Kind::Root, now)),
+            (CONTROL, Node::new(ROOT, ".mlfs", Kind::Control, now)),
+            (STATUS, Node::new(CONTROL, "status", Kind::Status, now)),
+            (DRAIN, Node::new(CONTROL, "drain", Kind::Drain, now)),
+        ]);
+        Self {
+            nodes,
+            next: FIRST_FREE,
+        }
+    }
+
+    pub fn get(&self, inode: Inode) -> Option<&Node> {
+        self.nodes.get(&inode)
+    }
+
+    pub fn get_mut(&mut self, inode: Inode) -> Option<&mut Node> {
+        self.nodes.get_mut(&inode)
+    }
+
+    pub fn child(&self, parent: Inode, name: &str) -> Option<(Inode, &Node)> {
+        let inode = *self.nodes.get(&parent)?.children.get(name)?;
+        Some((inode, self.nodes.get(&inode)?))
+    }
+
+    /// Hangs a new node at `parent`/`name`, in place of what was there.
+    pub fn insert(&mut self, parent: Inode, name: &str, kind: Kind, modified: SystemTime) -> Inode {
+        self.unlink(parent, name);
+        let inode = self.next;
+        self.next += 1;
+        self.nodes
+            .insert(inode, Node::new(parent, name, kind, modified));
+        if let Some(parent) = self.nodes.get_mut(&parent) {
+            parent.children.insert(name.to_owned(), inode);
+        }
+        inode
+    }
+
+    /// Takes the name away; the node lives on while it is needed.
+    pub fn unlink(&mut self, parent: Inode, name: &str) -> Option<Inode> {
+        let inode = self.nodes.get_mut(&parent)?.children.remove(name)?;
+        if let Some(node) = self.nodes.get_mut(&inode) {
+            node.unlinked = true;
+        }
+        self.reap(inode);
+        Some(inode)
+    }
+
+    /// Moves a node to another name, in place of what was there.
+    pub fn rename(&mut self, parent: Inode, name: &str, to: Inode, to_name: &str) {
+        let Some(inode) = self
+            .nodes
+            .get_mut(&parent)
+            .and_then(|node| node.children.remove(name))
+        else {
+            return;
+        };
+        self.unlink(to, to_name);
+        if let Some(node) = self.nodes.get_mut(&inode) {
+            node.parent = to;
+            node.name = to_name.to_owned();
+        }
+        if let Some(node) = self.nodes.get_mut(&to) {
+            node.children.insert(to_name.to_owned(), inode);
+        }
+        self.reap(parent);
+    }
+
+    pub fn add_lookup(&mut self, inode: Inode) {
+        if let Some(node) = self.nodes.get_mut(&inode) {
+            node.lookups += 1;
+        }
+    }
+
+    pub fn forget(&mut self, inode: Inode, count: u64) {
+        if let Some(node) = self.nodes.get_mut(&inode) {
+            node.lookups = node.lookups.saturating_sub(count);
+        }
+        self.reap(inode);
+    }
+
+    /// Removes the node, and then its parents, if nothing needs them any more.
+    pub fn reap(&mut self, mut inode: Inode) {
+        while inode >= FIRST_FREE {
+            let Some(node) = self.nodes.get(&inode) else {
+                return;
+            };
+            if node.lookups > 0 || node.is_needed() {
+                return;
+            }
+            let parent = node.parent;
+            let name = node.name.clone();
+            let linked = !node.unlinked;
+            self.nodes.remove(&inode);
+            if linked && let Some(parent) = self.nodes.get_mut(&parent) {
+                parent.children.remove(&name);
+            }
+            inode = parent;
+        }
+    }
+
+    /// The run's node and the path below it (`""` for the run itself).
+    pub fn place(&self, mut inode: Inode) -> Option<(Inode, String)> {
+        let mut names = Vec::new();
+        loop {
+            let node = self.nodes.get(&inode)?;
+            if matches!(node.kind, Kind::Run(..)) {
+                names.reverse();
+                return Some((inode, names.join("/")));
+            }
+            if inode < FIRST_FREE {
+                return None;
+            }
+            names.push(node.name.as_str());
+            inode = node.parent;
+        }
+    }
+
+    /// The path below the mount point, for messages.
+    pub fn path(&self, inode: Inode) -> String {
+        match self.place(inode) {
+            Some((run, path)) => {
+                let run = self.nodes.get(&run).map_or("", |node| node.name.as_str());
+                if path.is_empty() {
+                    run.to_owned()
+                } else {
+                    format!("{run}/{path}")
+                }
+            }
+            None => self
+                .nodes
+                .get(&inode)
+                .map_or_else(String::new, |node| node.name.clone()),
+        }
+    }
+
+    /// Every file node in the tree.
+    pub fn files(&self) -> Vec<(Inode, Arc<File>)> {
+        self.nodes
+            .iter()
+            .filter_map(|(inode, node)| match &node.kind {
+                Kind::File(file) => Some((*inode, Arc::clone(file))),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Every file node below `inode`, itself included.
+    pub fn files_below(&self, inode: Inode) -> Vec<(Inode, Arc<File>)> {
+        let mut found = Vec::new();
+        let mut waiting = vec![inode];
+        while let Some(inode) = waiting.pop() {
+            let Some(node) = self.nodes.get(&inode) else {
+                continue;
+            };
+            waiting.extend(node.children.values().copied());
+            if let Kind::File(file) = &node.kind {
+                found.push((inode, Arc::clone(file)));
+            }
+        }
+        found
+    }
+
+    /// Nodes held, for `.mlfs/status`.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+}

@@ -1,0 +1,282 @@
+//! A chunk: a part's local form.
+//!
+//! A chunk holds one run of local bytes, anywhere inside the part's range; what lies outside the
+//! run comes from the object that the draft was opened over, or is a hole of zeros. A write that
+//! touches or overlaps the run extends it. All offsets here are relative to the chunk's start.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::error::WriteError;
+use super::spill::SpillFile;
+use crate::budget::{Budget, Class, Reservation};
+use crate::store::{PartReceipt, checksum};
+
+/// Memory is reserved in steps of this many bytes.
+const STEP: usize = 64 * 1024;
+/// Once a chunk holds this much its buffer is made as large as the part at once: untouched pages
+/// cost nothing, growing again and again costs copies.
+const FULL_SIZE_FROM: usize = 1 << 20;
+
+/// The bytes of a run in memory; byte 0 stands at `origin` in the chunk.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    bytes: Vec<u8>,
+    origin: u64,
+    reservation: Reservation,
+}
+
+/// Where a chunk's local bytes are.
+#[derive(Debug)]
+pub(super) enum Data {
+    Memory(Arc<Buffer>),
+    Spilled(Arc<SpillFile>),
+    /// In the unfinished upload only.
+    GivenUp,
+}
+
+/// A part that the store holds, of a certain version of the chunk.
+#[derive(Clone, Debug)]
+pub(super) struct Sent {
+    pub version: u64,
+    pub receipt: PartReceipt,
+}
+
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pub data: Data,
+    /// The run of local bytes.
+    pub local: Range<u64>,
+    /// CRC32C of the run, as long as it only grew at its end.
+    pub crc32c: Option<u32>,
+    /// Rises with each change; unique within the draft.
+    pub version: u64,
+    pub sent: Option<Sent>,
+    /// A sender has it, or will have it soon.
+    pub queued: bool,
+    /// When it was last written to, by the writer's clock.
+    pub touched: u64,
+}
+
+/// Shares a buffer with a request body without copying it.
+struct Shared {
+    buffer: Arc<Buffer>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer.bytes[self.range.clone()]
+    }
+}
+
+/// Why a write could not be taken at once.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// No memory (or spill) left for it.
+    Room,
+    /// The gap between the run and the write must be filled first.
+    Gap(Range<u64>),
+    /// Its local copy was given up.
+    GivenUp,
+    Error(WriteError),
+}
+
+impl Chunk {
+    /// A chunk with its first bytes, if the budget allows.
+    pub fn new(budget: &Arc<Budget>, at: u64, data: &[u8], size: u64) -> Option<Self> {
+        let reservation = budget.try_reserve(Class::Write, round_up(data.len()) as u64)?;
+        let mut bytes = Vec::with_capacity(capacity(data.len(), (size - at) as usize));
+        bytes.extend_from_slice(data);
+        Some(Self {
+            data: Data::Memory(Arc::new(Buffer {
+                bytes,
+                origin: at,
+                reservation,
+            })),
+            local: at..at + data.len() as u64,
+            crc32c: Some(checksum::crc32c(data)),
+            version: 0,
+            sent: None,
+            queued: false,
+            touched: 0,
+        })
+    }
+
+    /// Whether `range` can be written without filling a gap first.
+    fn gap_before(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        if range.start > self.local.end {
+            Some(self.local.end..range.start)
+        } else if range.end < self.local.start {
+            Some(range.end..self.local.start)
+        } else {
+            None
+        }
+    }
+
+    /// Writes `data` at `at`; `size` is the size of the whole chunk.
+    pub fn write(
+        &mut self,
+        budget: &Arc<Budget>,
+        at: u64,
+        data: &[u8],
+        size: u64,
+    ) -> Result<(), Refusal> {
+        let range = at..at + data.len() as u64;
+        if let Some(gap) = self.gap_before(&range) {
+            return Err(Refusal::Gap(gap));
+        }
+        match &mut self.data {
+            Data::GivenUp => return Err(Refusal::GivenUp),
+            Data::Spilled(file) => {
+                if !file.grow(range.end.max(self.local.end)) {
+                    return Err(Refusal::Room);
+                }
+                file.write(data, at).map_err(Refusal::Error)?;
+            }
+            Data::Memory(buffer) => Buffer::write(buffer, budget, at, data, size)?,
+        }
+        self.crc32c = match self.crc32c {
+            Some(crc) if at == self.local.end => Some(checksum::crc32c_update(crc, data)),
+            _ => None,
+        };
+        self.local = self.local.start.min(range.start)..self.local.end.max(range.end);
+        Ok(())
+    }
+
+    /// Cuts the run off at `end`.
+    pub fn truncate(&mut self, end: u64) {
+        if end >= self.local.end {
+            return;
+        }
+        self.local.end = end.max(self.local.start);
+        self.crc32c = None;
+        if let Data::Memory(buffer) = &mut self.data
+            && let Some(buffer) = Arc::get_mut(buffer)
+        {
+            let length = (self.local.end - buffer.origin) as usize;
+            buffer.bytes.truncate(length);
+            buffer.reservation.shrink_to(round_up(length) as u64);
+        }
+    }
+
+    /// Copies `range`, which must lie inside the run.
+    pub fn read(&self, range: Range<u64>) -> Result<Bytes, Refusal> {
+        debug_assert!(self.local.start <= range.start && range.end <= self.local.end);
+        match &self.data {
+            Data::GivenUp => Err(Refusal::GivenUp),
+            Data::Memory(buffer) => Ok(Bytes::copy_from_slice(
+                &buffer.bytes[buffer.positions(&range)],
+            )),
+            Data::Spilled(file) => {
+                let mut bytes = vec![0; (range.end - range.start) as usize];
+                file.read(&mut bytes, range.start).map_err(Refusal::Error)?;
+                Ok(bytes.into())
+            }
+        }
+    }
+
+    /// The run's bytes without a copy, when they are in memory.
+    pub fn share(&self) -> Option<Bytes> {
+        let Data::Memory(buffer) = &self.data else {
+            return None;
+        };
+        let range = buffer.positions(&self.local);
+        Some(Bytes::from_owner(Shared {
+            buffer: Arc::clone(buffer),
+            range,
+        }))
+    }
+
+    /// Bytes of memory held.
+    pub fn memory(&self) -> u64 {
+        match &self.data {
+            Data::Memory(buffer) => buffer.reservation.bytes(),
+            Data::Spilled(_) | Data::GivenUp => 0,
+        }
+    }
+
+    /// Whether the store holds this very version as a part of `size` bytes.
+    pub fn is_sent(&self, size: u64) -> bool {
+        self.sent
+            .as_ref()
+            .is_some_and(|sent| sent.version == self.version && sent.receipt.size == size)
+    }
+}
+
+impl Buffer {
+    fn positions(&self, range: &Range<u64>) -> Range<usize> {
+        (range.start - self.origin) as usize..(range.end - self.origin) as usize
+    }
+
+    fn write(
+        this: &mut Arc<Self>,
+        budget: &Arc<Budget>,
+        at: u64,
+        data: &[u8],
+        size: u64,
+    ) -> Result<(), Refusal> {
+        let end = at + data.len() as u64;
+        let origin = this.origin.min(at);
+        let length = (end.max(this.origin + this.bytes.len() as u64) - origin) as usize;
+        if Arc::get_mut(this).is_none() || origin < this.origin {
+            // Somebody sends or reads the old bytes, or the run grows at its front: a new buffer.
+            let reservation = budget
+                .try_reserve(Class::Write, round_up(length) as u64)
+                .ok_or(Refusal::Room)?;
+            let mut bytes = Vec::with_capacity(capacity(length, (size - origin) as usize));
+            bytes.resize((this.origin - origin) as usize, 0);
+            bytes.extend_from_slice(&this.bytes);
+            *this = Arc::new(Self {
+                bytes,
+                origin,
+                reservation,
+            });
+        }
+        let Some(buffer) = Arc::get_mut(this) else {
+            return Err(Refusal::Room);
+        };
+        let reserved = round_up(length) as u64;
+        if reserved > buffer.reservation.bytes() {
+            let more = reserved - buffer.reservation.bytes();
+            let more = budget
+                .try_reserve(Class::Write, more)
+                .ok_or(Refusal::Room)?;
+            buffer.reservation.merge(more);
+        }
+        buffer.put(
+            (at - buffer.origin) as usize,
+            data,
+            (size - buffer.origin) as usize,
+        );
+        Ok(())
+    }
+
+    fn put(&mut self, position: usize, data: &[u8], limit: usize) {
+        let length = self.bytes.len();
+        let overlap = length.saturating_sub(position).min(data.len());
+        let (over, beyond) = data.split_at(overlap);
+        self.bytes[position..position + overlap].copy_from_slice(over);
+        if length + beyond.len() > self.bytes.capacity() {
+            let wanted = capacity(length + beyond.len(), limit);
+            self.bytes.reserve_exact(wanted - length);
+        }
+        self.bytes.extend_from_slice(beyond);
+    }
+}
+
+fn round_up(length: usize) -> usize {
+    length.div_ceil(STEP) * STEP
+}
+
+fn capacity(length: usize, limit: usize) -> usize {
+    if length >= FULL_SIZE_FROM {
+        return limit.max(length);
+    }
+    length
+        .next_power_of_two()
+        .clamp(STEP, limit.max(STEP))
+        .max(length)
+}

@@ -1,0 +1,488 @@
+//! A draft: a file that is being written and is not, or not yet again, an object.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::Writer;
+use super::chunk::{Chunk, Refusal};
+use super::error::WriteError;
+use super::geometry::Geometry;
+use crate::read::{ObjectReader, Segments, Source};
+use crate::store::{Store, StoreError};
+
+/// Where a draft is to be published.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub store: Arc<dyn Store>,
+    pub key: String,
+}
+
+impl Target {
+    pub fn object(&self) -> String {
+        format!("{}/{}", self.store.name(), self.key)
+    }
+
+    /// Whether the name looks like one that will be renamed before long; then nothing is sent
+    /// under it while writing goes on, as long as there is room.
+    pub(super) fn looks_temporary(&self) -> bool {
+        let name = self.key.rsplit('/').next().unwrap_or_default();
+        name.starts_with('.')
+            || name.ends_with(".tmp")
+            || name.ends_with('~')
+            || name.contains(".tmp.")
+            || name.contains(".incomplete")
+    }
+}
+
+/// An upload that has begun, under the key it was begun with.
+#[derive(Clone, Debug)]
+pub(super) struct Upload {
+    pub target: Target,
+    pub id: String,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub target: Target,
+    /// The object this draft was opened over, if its content still counts.
+    pub base: Option<Arc<ObjectReader>>,
+    /// Bytes of the base that still count: a truncation cuts them off for good.
+    pub base_limit: u64,
+    /// The smallest size since the last snapshot for publishing.
+    pub low_water: u64,
+    pub size: u64,
+    pub geometry: Geometry,
+    pub chunks: BTreeMap<u32, Chunk>,
+    /// Rises with every change of size or content.
+    pub generation: u64,
+    /// Up to this generation nothing happened but opening, which may have emptied the file.
+    pub opened: u64,
+    /// The generation that is in the store.
+    pub published: Option<u64>,
+    pub upload: Option<Upload>,
+    /// Every write went to the end, or to the first or last chunk.
+    pub sequential: bool,
+    /// Send nothing before the name is known.
+    pub held: bool,
+    /// The file was unlinked: nothing of it will be published.
+    pub detached: bool,
+    pub failure: Option<String>,
+}
+
+/// A file that is being written.
+#[derive(Debug)]
+pub struct Draft {
+    pub(super) writer: Arc<Writer>,
+    pub(super) state: Mutex<State>,
+    /// One publication, retargeting or creation of an upload at a time.
+    pub(super) publishing: tokio::sync::Mutex<()>,
+    /// A queued chunk was sent, or could not be.
+    pub(super) sent: Notify,
+    pub(super) creating: tokio::sync::Mutex<()>,
+}
+
+/// What a non-blocking write achieved.
+#[derive(Debug)]
+pub enum Progress {
+    Done,
+    /// This many bytes were taken; the rest needs [`Draft::write`].
+    Partial(usize),
+}
+
+impl Draft {
+    /// A draft of a new, empty file.
+    pub fn new(writer: &Arc<Writer>, target: Target) -> Arc<Self> {
+        Self::build(writer, target, None)
+    }
+
+    /// A draft of changes to an object that is in the store.
+    pub fn over(writer: &Arc<Writer>, target: Target, base: Arc<ObjectReader>) -> Arc<Self> {
+        Self::build(writer, target, Some(base))
+    }
+
+    fn build(writer: &Arc<Writer>, target: Target, base: Option<Arc<ObjectReader>>) -> Arc<Self> {
+        let size = base.as_ref().map_or(0, |base| base.size());
+        let published = base.is_some().then_some(0);
+        let state = State {
+            held: target.looks_temporary(),
+            target,
+            base,
+            base_limit: size,
+            low_water: size,
+            size,
+            geometry: Geometry::new(writer.options.part_size, size),
+            chunks: BTreeMap::new(),
+            generation: 0,
+            opened: 0,
+            published,
+            upload: None,
+            sequential: true,
+            detached: false,
+            failure: None,
+        };
+        let draft = Arc::new(Self {
+            writer: Arc::clone(writer),
+            state: Mutex::new(state),
+            publishing: tokio::sync::Mutex::new(()),
+            sent: Notify::new(),
+            creating: tokio::sync::Mutex::new(()),
+        });
+        writer.register(&draft);
+        draft
+    }
+
+    /// Bytes of the file now.
+    pub fn size(&self) -> u64 {
+        self.state.lock().size
+    }
+
+    /// Whether the store lacks something of it.
+    pub fn is_dirty(&self) -> bool {
+        let state = self.state.lock();
+        !state.detached && state.published != Some(state.generation)
+    }
+
+    /// Whether anything was written to it since it was opened or last published. A file that was
+    /// only created, or emptied by its opening, has none: a shell closes a duplicate of its
+    /// redirection before the program has written a byte.
+    pub fn has_changes(&self) -> bool {
+        let state = self.state.lock();
+        let unchanged = state.opened.max(state.published.unwrap_or(0));
+        !state.detached && state.generation > unchanged
+    }
+
+    /// Empties the file on behalf of `O_TRUNC`.
+    pub fn truncate_at_open(&self) -> Result<(), WriteError> {
+        let before = self.has_changes();
+        self.truncate(0)?;
+        let mut state = self.state.lock();
+        if !before {
+            state.opened = state.generation;
+        }
+        Ok(())
+    }
+
+    /// Why the last attempt to publish failed, if it did.
+    pub fn failure(&self) -> Option<String> {
+        self.state.lock().failure.clone()
+    }
+
+    pub fn target(&self) -> Target {
+        self.state.lock().target.clone()
+    }
+
+    /// Writes as much as can be written without waiting.
+    pub fn try_write(self: &Arc<Self>, offset: u64, data: &[u8]) -> Result<Progress, WriteError> {
+        let mut done = 0;
+        while done < data.len() {
+            let (taken, refusal) = self.write_piece(offset + done as u64, &data[done..])?;
+            done += taken;
+            match refusal {
+                None => {}
+                Some(_) => return Ok(Progress::Partial(done)),
+            }
+        }
+        Ok(Progress::Done)
+    }
+
+    /// Writes all of `data`, waiting for room where there is none.
+    pub async fn write(self: &Arc<Self>, offset: u64, data: Bytes) -> Result<(), WriteError> {
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let (taken, refusal) = self.write_piece(at, &data[done..])?;
+            done += taken;
+            match refusal {
+                None => {}
+                Some(Refusal::Room) => self.writer.make_room(self).await?,
+                Some(Refusal::Gap(gap)) => self.fill(gap).await?,
+                Some(Refusal::GivenUp) => return Err(self.given_up(at..at + 1)),
+                Some(Refusal::Error(error)) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what falls into one chunk; a refusal's gap is in file offsets.
+    fn write_piece(
+        self: &Arc<Self>,
+        at: u64,
+        data: &[u8],
+    ) -> Result<(usize, Option<Refusal>), WriteError> {
+        let mut state = self.state.lock();
+        let end = at.saturating_add(data.len() as u64);
+        if end > state.geometry.capacity() {
+            return Err(WriteError::TooLarge {
+                object: state.target.object(),
+                size: end,
+            });
+        }
+        let index = state.geometry.index(at);
+        let range = state.geometry.range(index);
+        let length = ((range.end - at) as usize).min(data.len());
+        let piece = &data[..length];
+        let refusal = state.write_chunk(&self.writer, index, &range, at, piece);
+        if let Some(refusal) = refusal {
+            return Ok((0, Some(refusal)));
+        }
+        let filled = state.chunks.get(&index).is_some_and(|chunk| {
+            chunk.local == (0..range.end - range.start) && at + length as u64 == range.end
+        });
+        if filled && !state.held && !state.detached {
+            self.queue(&mut state, index);
+        }
+        Ok((length, None))
+    }
+
+    /// Fetches or zeroes the bytes `range` (file offsets, within one chunk), which border on the
+    /// chunk's run, so that the run reaches over them.
+    pub(super) async fn fill(self: &Arc<Self>, range: Range<u64>) -> Result<(), WriteError> {
+        let bytes = self.underlying(range.clone()).await?;
+        loop {
+            let refusal = {
+                let mut state = self.state.lock();
+                let index = state.geometry.index(range.start);
+                let bounds = state.geometry.range(index);
+                state.fill_chunk(&self.writer, index, &bounds, range.start, &bytes)
+            };
+            match refusal {
+                None => return Ok(()),
+                Some(Refusal::Room) => self.writer.make_room(self).await?,
+                Some(Refusal::GivenUp) => return Err(self.given_up(range)),
+                Some(Refusal::Error(error)) => return Err(error),
+                // The run moved meanwhile; whoever asked looks again.
+                Some(Refusal::Gap(_)) => return Ok(()),
+            }
+        }
+    }
+
+    /// What lies under the chunks: the base where it counts, zeros beyond.
+    pub(super) async fn underlying(&self, range: Range<u64>) -> Result<Bytes, WriteError> {
+        let (base, limit) = {
+            let state = self.state.lock();
+            (state.base.clone(), state.base_limit)
+        };
+        let mut bytes = Vec::with_capacity((range.end - range.start) as usize);
+        if let Some(base) = base {
+            let end = range.end.min(limit);
+            if range.start < end {
+                let segments = base.read(range.start, end - range.start).await?;
+                for piece in segments.pieces() {
+                    bytes.extend_from_slice(piece);
+                }
+                if bytes.len() as u64 != end - range.start {
+                    return Err(StoreError::Changed {
+                        object: self.target().object(),
+                    }
+                    .into());
+                }
+            }
+        }
+        bytes.resize((range.end - range.start) as usize, 0);
+        Ok(bytes.into())
+    }
+
+    /// Up to `length` bytes at `offset`, as the file is now; fewer only at its end.
+    pub async fn read(self: &Arc<Self>, offset: u64, length: u64) -> Result<Segments, WriteError> {
+        let mut segments = Segments::default();
+        let mut at = offset;
+        loop {
+            let step = {
+                let state = self.state.lock();
+                let end = offset.saturating_add(length).min(state.size);
+                if at >= end {
+                    return Ok(segments);
+                }
+                state.read_step(at..end)
+            };
+            match step {
+                Step::Bytes(bytes) => {
+                    at += bytes.len() as u64;
+                    segments.push(bytes);
+                }
+                Step::Zeros(count) => {
+                    at += count;
+                    segments.push(vec![0; count as usize].into());
+                }
+                Step::Base(base, count) => {
+                    let part = base.read(at, count).await?;
+                    if part.len() as u64 != count {
+                        return Err(StoreError::Changed {
+                            object: self.target().object(),
+                        }
+                        .into());
+                    }
+                    at += count;
+                    segments.append(part);
+                }
+                Step::Refused(Refusal::Error(error)) => return Err(error),
+                Step::Refused(_) => return Err(self.given_up(at..at + 1)),
+            }
+        }
+    }
+
+    /// Sets the size: cuts off, or adds a hole.
+    pub fn truncate(&self, size: u64) -> Result<(), WriteError> {
+        let mut state = self.state.lock();
+        if size > state.geometry.capacity() && !state.chunks.is_empty() {
+            return Err(WriteError::TooLarge {
+                object: state.target.object(),
+                size,
+            });
+        }
+        if size == state.size {
+            return Ok(());
+        }
+        if state.chunks.is_empty() && state.upload.is_none() {
+            state.geometry = Geometry::new(self.writer.options.part_size, size);
+        }
+        state.generation += 1;
+        state.size = size;
+        state.base_limit = state.base_limit.min(size);
+        state.low_water = state.low_water.min(size);
+        let geometry = state.geometry;
+        state
+            .chunks
+            .retain(|index, chunk| geometry.range(*index).start + chunk.local.start < size);
+        let version = state.generation;
+        if let Some((index, chunk)) = state.chunks.iter_mut().next_back() {
+            let start = geometry.range(*index).start;
+            if start + chunk.local.end > size {
+                chunk.truncate(size - start);
+                chunk.version = version;
+            }
+        }
+        Ok(())
+    }
+
+    /// The base has moved inside the store (its file was renamed).
+    pub fn repoint_base(&self, to: Source) {
+        if let Some(base) = &self.state.lock().base {
+            base.repoint(to);
+        }
+    }
+
+    pub(super) fn given_up(&self, range: Range<u64>) -> WriteError {
+        WriteError::GivenUp {
+            object: self.target().object(),
+            start: range.start,
+            end: range.end,
+        }
+    }
+}
+
+enum Step {
+    Bytes(Bytes),
+    Zeros(u64),
+    Base(Arc<ObjectReader>, u64),
+    Refused(Refusal),
+}
+
+/// Longest piece of a read or a hole handled in one step, bytes.
+const LONGEST_STEP: u64 = 4 << 20;
+
+impl State {
+    fn write_chunk(
+        &mut self,
+        writer: &Writer,
+        index: u32,
+        bounds: &Range<u64>,
+        at: u64,
+        data: &[u8],
+    ) -> Option<Refusal> {
+        let relative = at - bounds.start;
+        let whole = bounds.end - bounds.start;
+        let new_end = at + data.len() as u64;
+        match self.chunks.get_mut(&index) {
+            Some(chunk) => match chunk.write(&writer.memory, relative, data, whole) {
+                Ok(()) => {}
+                Err(Refusal::Gap(gap)) => {
+                    return Some(Refusal::Gap(
+                        bounds.start + gap.start..bounds.start + gap.end,
+                    ));
+                }
+                Err(refusal) => return Some(refusal),
+            },
+            None => match Chunk::new(&writer.memory, relative, data, whole) {
+                Some(chunk) => {
+                    self.chunks.insert(index, chunk);
+                }
+                None => return Some(Refusal::Room),
+            },
+        }
+        self.generation += 1;
+        self.sequential &= at == self.size || index == 0 || new_end >= self.size;
+        self.size = self.size.max(new_end);
+        let version = self.generation;
+        if let Some(chunk) = self.chunks.get_mut(&index) {
+            chunk.version = version;
+            chunk.touched = writer.tick();
+        }
+        None
+    }
+
+    /// Like a write, but content and size stay what they were: only the run grows.
+    fn fill_chunk(
+        &mut self,
+        writer: &Writer,
+        index: u32,
+        bounds: &Range<u64>,
+        at: u64,
+        data: &[u8],
+    ) -> Option<Refusal> {
+        let relative = at - bounds.start;
+        let chunk = self.chunks.get_mut(&index)?;
+        let range = relative..relative + data.len() as u64;
+        // Writes that came meanwhile may cover some of it: only what is still outside counts.
+        let before = range.start..range.end.min(chunk.local.start);
+        let after = range.start.max(chunk.local.end)..range.end;
+        let part = if before.start < before.end {
+            before
+        } else {
+            after
+        };
+        if part.start >= part.end {
+            return None;
+        }
+        let piece = &data[(part.start - range.start) as usize..(part.end - range.start) as usize];
+        chunk
+            .write(&writer.memory, part.start, piece, bounds.end - bounds.start)
+            .err()
+    }
+
+    fn read_step(&self, range: Range<u64>) -> Step {
+        let index = self.geometry.index(range.start);
+        let bounds = self.geometry.range(index);
+        let mut end = range.end.min(bounds.end).min(range.start + LONGEST_STEP);
+        if let Some(chunk) = self.chunks.get(&index) {
+            let local = bounds.start + chunk.local.start..bounds.start + chunk.local.end;
+            if local.contains(&range.start) {
+                let end = end.min(local.end);
+                return match chunk.read(range.start - bounds.start..end - bounds.start) {
+                    Ok(bytes) => Step::Bytes(bytes),
+                    Err(refusal) => Step::Refused(refusal),
+                };
+            }
+            if range.start < local.start {
+                end = end.min(local.start);
+            }
+        }
+        match &self.base {
+            Some(base) if range.start < self.base_limit => {
+                Step::Base(Arc::clone(base), end.min(self.base_limit) - range.start)
+            }
+            _ => Step::Zeros(end - range.start),
+        }
+    }
+
+    /// Bytes of the part that chunk `index` travels as.
+    pub(super) fn part(&self, index: u32) -> Range<u64> {
+        let range = self.geometry.range(index);
+        range.start..range.end.min(self.size)
+    }
+}

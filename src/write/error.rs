@@ -1,0 +1,44 @@
+//! What can go wrong while a file is written.
+
+use thiserror::Error;
+
+use crate::store::StoreError;
+
+#[derive(Debug, Error)]
+pub enum WriteError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{path}: spill file: {source} (see --spill-dir)")]
+    Spill {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error(
+        "{object}: no room for more unsent data and nothing on its way to the store: \
+         raise --memory or --spill-size"
+    )]
+    NoRoom { object: String },
+    #[error(
+        "{object}: bytes {start}..{end} are in an unfinished upload only, their local copy was \
+         given up: raise --memory or --spill-size to work on earlier parts of a large file"
+    )]
+    GivenUp {
+        object: String,
+        start: u64,
+        end: u64,
+    },
+    #[error("{object}: a file of {size} bytes needs more than 10000 parts: raise --part-size")]
+    TooLarge { object: String, size: u64 },
+}
+
+impl WriteError {
+    /// The errno a POSIX program expects.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Store(error) => error.errno(),
+            Self::Spill { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::NoRoom { .. } | Self::GivenUp { .. } => libc::ENOSPC,
+            Self::TooLarge { .. } => libc::EFBIG,
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! How a draft becomes an object: complete, verified, or not at all.
+//!
+//! A draft that fits one part is one PUT. Anything larger is a multipart upload: parts already
+//! sent count if they still are what the file holds; parts nobody touched are copied inside the
+//! store; the rest is sent now. Then the upload is completed and verified. Until that moment the
+//! store shows what it showed before.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use super::chunk::Data;
+use super::draft::{Draft, State, Target};
+use super::error::WriteError;
+use super::send::Outgoing;
+use crate::budget::Class;
+use crate::read::Source;
+use crate::store::{Condition, ObjectMeta, PartReceipt, Payload, StoreError, Stored, checksum};
+
+/// A publication is begun anew this often when the file is truncated under it.
+const ATTEMPTS: usize = 8;
+
+/// The state that is being published.
+#[derive(Clone, Copy, Debug)]
+struct Snapshot {
+    generation: u64,
+    size: u64,
+}
+
+/// What was published: which version of which chunk.
+type Versions = BTreeMap<u32, u64>;
+
+/// What to do for one part.
+enum Action {
+    Have(u64, PartReceipt),
+    Send,
+    /// A sender has it: wait.
+    Wait,
+    /// These bytes (file offsets) must be filled in first.
+    Fill(Range<u64>),
+    /// Nothing local: copy it inside the store.
+    Copy(Source),
+    /// Nothing local: fetch it, or make zeros, and send that.
+    Load,
+    /// The file is shorter than the snapshot by now.
+    Shrunk,
+    GivenUp,
+}
+
+impl Draft {
+    /// Puts the file, as it is now, into the store under its name. `None` when there is nothing
+    /// that the store lacks.
+    ///
+    /// # Errors
+    /// Whatever kept it from being stored. The draft then keeps every byte, and publishing can be
+    /// tried again.
+    pub async fn publish(self: &Arc<Self>) -> Result<Option<Stored>, WriteError> {
+        let _publishing = self.publishing.lock().await;
+        let mut last = None;
+        for _ in 0..ATTEMPTS {
+            let Some(snapshot) = self.snapshot() else {
+                return Ok(None);
+            };
+            match self.publish_snapshot(snapshot).await {
+                Ok(Some((stored, versions))) => {
+                    self.settle(snapshot, &stored, &versions);
+                    return Ok(Some(stored));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    self.note_failure(&error);
+                    let lost = matches!(&error, WriteError::Store(StoreError::UploadGone { .. }));
+                    if !lost || last.is_some() {
+                        return Err(error);
+                    }
+                    // Once: the parts are sent again under a new upload.
+                    last = Some(error);
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| {
+            let object = self.target().object();
+            StoreError::Other {
+                object,
+                detail: "it is truncated all the time".into(),
+            }
+            .into()
+        }))
+    }
+
+    fn snapshot(&self) -> Option<Snapshot> {
+        let mut state = self.state.lock();
+        if state.detached || state.published == Some(state.generation) {
+            return None;
+        }
+        state.low_water = state.size;
+        Some(Snapshot {
+            generation: state.generation,
+            size: state.size,
+        })
+    }
+
+    async fn publish_snapshot(
+        self: &Arc<Self>,
+        snapshot: Snapshot,
+    ) -> Result<Option<(Stored, Versions)>, WriteError> {
+        let (target, condition, single) = {
+            let state = self.state.lock();
+            let single = state.upload.is_none() && snapshot.size <= state.geometry.range(0).end;
+            (state.target.clone(), state.condition(), single)
+        };
+        if single {
+            self.put(&target, snapshot.size, condition).await
+        } else {
+            self.complete(&target, snapshot.size, condition).await
+        }
+    }
+
+    /// One PUT.
+    async fn put(
+        self: &Arc<Self>,
+        target: &Target,
+        size: u64,
+        condition: Condition,
+    ) -> Result<Option<(Stored, Versions)>, WriteError> {
+        let _permit = self.permit().await?;
+        let mut versions = Versions::new();
+        let payload = loop {
+            let action = self.state.lock().action(0, size);
+            match action {
+                Action::Send | Action::Have(..) | Action::Wait => {
+                    let outgoing = Outgoing::of(&self.state.lock(), 0, size);
+                    let Some(outgoing) = outgoing else {
+                        return Ok(None);
+                    };
+                    versions.insert(0, outgoing.version);
+                    break outgoing.payload(self).await?;
+                }
+                Action::Fill(range) => self.fill(range).await?,
+                Action::Copy(_) | Action::Load => break self.load(0..size).await?,
+                Action::Shrunk => return Ok(None),
+                Action::GivenUp => return Err(self.given_up(0..size)),
+            }
+        };
+        let (payload, _reservation) = payload;
+        let stored = target.store.put(&target.key, payload, condition).await?;
+        Ok(Some((stored, versions)))
+    }
+
+    /// A multipart upload: whatever is missing is sent, then it is completed.
+    async fn complete(
+        self: &Arc<Self>,
+        target: &Target,
+        size: u64,
+        condition: Condition,
+    ) -> Result<Option<(Stored, Versions)>, WriteError> {
+        let upload = self.upload().await?;
+        let chunks = self.state.lock().geometry.chunks(size);
+        let parts: Vec<Option<(u32, u64, PartReceipt)>> = stream::iter(chunks)
+            .map(|index| {
+                let draft = Arc::clone(self);
+                async move { draft.part(index, size).await }
+            })
+            .buffered(self.writer.options.transfers.max(1) * 2)
+            .try_collect()
+            .await?;
+        let Some(parts) = parts.into_iter().collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        let versions = parts
+            .iter()
+            .map(|(index, version, _)| (*index, *version))
+            .collect();
+        let receipts: Vec<PartReceipt> = parts.into_iter().map(|(_, _, receipt)| receipt).collect();
+        let begun = &upload.target;
+        let renamed = begun.key != target.key;
+        let condition = if renamed {
+            Condition::Always
+        } else {
+            condition
+        };
+        let stored = begun
+            .store
+            .complete_multipart(&begun.key, &upload.id, &receipts, condition)
+            .await?;
+        if stored.size != size {
+            return Err(StoreError::Corrupt {
+                object: begun.object(),
+                detail: format!("{} bytes stored of {size}", stored.size),
+            }
+            .into());
+        }
+        let stored = if renamed {
+            move_object(begun, target, &stored).await?
+        } else {
+            stored
+        };
+        Ok(Some((stored, versions)))
+    }
+
+    /// Makes sure that the store holds part `index` of a file of `size` bytes.
+    async fn part(
+        self: Arc<Self>,
+        index: u32,
+        size: u64,
+    ) -> Result<Option<(u32, u64, PartReceipt)>, WriteError> {
+        loop {
+            let waiting = self.sent.notified();
+            tokio::pin!(waiting);
+            waiting.as_mut().enable();
+            let (action, range) = {
+                let state = self.state.lock();
+                let bounds = state.geometry.range(index);
+                (
+                    state.action(index, size),
+                    bounds.start..bounds.end.min(size),
+                )
+            };
+            match action {
+                Action::Have(version, receipt) => return Ok(Some((index, version, receipt))),
+                Action::Wait => waiting.await,
+                Action::Fill(range) => self.fill(range).await?,
+                Action::Shrunk => return Ok(None),
+                Action::GivenUp => return Err(self.given_up(range)),
+                Action::Send => {
+                    let _permit = self.permit().await?;
+                    let sent = self.send(index, range.end - range.start).await?;
+                    if let Some((version, receipt)) = sent {
+                        return Ok(Some((index, version, receipt)));
+                    }
+                }
+                Action::Copy(base) => {
+                    let receipt = self.copy_part(index, &base, range).await?;
+                    return Ok(Some((index, UNTOUCHED, receipt)));
+                }
+                Action::Load => {
+                    let _permit = self.permit().await?;
+                    let upload = self.upload().await?;
+                    let (payload, _reservation) = self.load(range).await?;
+                    let Target { store, key } = &upload.target;
+                    let receipt = store
+                        .upload_part(key, &upload.id, index + 1, payload)
+                        .await?;
+                    return Ok(Some((index, UNTOUCHED, receipt)));
+                }
+            }
+        }
+    }
+
+    async fn copy_part(
+        &self,
+        index: u32,
+        base: &Source,
+        range: Range<u64>,
+    ) -> Result<PartReceipt, WriteError> {
+        let _permit = self.permit().await?;
+        let upload = self.upload().await?;
+        let Target { store, key } = &upload.target;
+        let etag = base.etag.as_ref();
+        Ok(store
+            .copy_part(key, &upload.id, index + 1, &base.key, range, etag)
+            .await?)
+    }
+
+    /// The bytes `range` of a file that has nothing local there.
+    async fn load(
+        &self,
+        range: Range<u64>,
+    ) -> Result<(Payload, Option<crate::budget::Reservation>), WriteError> {
+        let length = range.end - range.start;
+        let reservation = self.writer.memory.reserve(Class::Transfer, length).await;
+        let bytes = self.underlying(range).await?;
+        let crc32c = checksum::crc32c(&bytes);
+        Ok((Payload { bytes, crc32c }, Some(reservation)))
+    }
+
+    /// The snapshot is in the store: what it held locally is let go, what was written since stays.
+    fn settle(&self, snapshot: Snapshot, stored: &Stored, versions: &Versions) {
+        let mut state = self.state.lock();
+        let target = state.target.clone();
+        state.base = Some(self.writer.reader.open(Source {
+            store: target.store,
+            key: target.key,
+            etag: stored.etag.clone(),
+            size: snapshot.size,
+        }));
+        state.base_limit = snapshot.size.min(state.low_water);
+        state.upload = None;
+        state.published = Some(snapshot.generation);
+        state.failure = None;
+        state
+            .chunks
+            .retain(|index, chunk| versions.get(index) != Some(&chunk.version));
+        for chunk in state.chunks.values_mut() {
+            chunk.sent = None;
+        }
+    }
+
+    fn note_failure(&self, error: &WriteError) {
+        let mut state = self.state.lock();
+        state.failure = Some(error.to_string());
+        if matches!(error, WriteError::Store(StoreError::UploadGone { .. })) {
+            state.upload = None;
+            for chunk in state.chunks.values_mut() {
+                chunk.sent = None;
+            }
+        }
+    }
+
+    /// The file will be published under another name. Waits for a publication that is under way.
+    pub async fn retarget(self: &Arc<Self>, target: Target) {
+        let _publishing = self.publishing.lock().await;
+        let _creating = self.creating.lock().await;
+        let mut state = self.state.lock();
+        let given_up = state
+            .chunks
+            .values()
+            .any(|chunk| matches!(chunk.data, Data::GivenUp));
+        let elsewhere = state
+            .upload
+            .as_ref()
+            .is_some_and(|upload| upload.target.key != target.key);
+        // Parts are bound to the name the upload was begun with. With all bytes still here they
+        // are sent again under the new one; else the upload is completed there and moved.
+        if elsewhere && !given_up {
+            self.abandon_upload(&mut state);
+        }
+        state.held = target.looks_temporary();
+        state.target = target;
+        if !state.held && !state.detached {
+            self.queue_full_chunks(&mut state);
+        }
+    }
+
+    /// The file was unlinked: it can still be written and read, and is never published.
+    pub async fn detach(&self) {
+        let _publishing = self.publishing.lock().await;
+        let _creating = self.creating.lock().await;
+        let mut state = self.state.lock();
+        state.detached = true;
+        state.failure = None;
+        self.abandon_upload(&mut state);
+    }
+
+    /// Makes what was written durable on local disk.
+    pub async fn synchronise(self: &Arc<Self>) -> Result<(), WriteError> {
+        let indices: Vec<u32> = {
+            let state = self.state.lock();
+            if state.detached {
+                return Ok(());
+            }
+            state.chunks.keys().copied().collect()
+        };
+        for index in indices {
+            let range = {
+                let state = self.state.lock();
+                state.geometry.range(index)
+            };
+            let sent = {
+                let state = self.state.lock();
+                let length = range.end - range.start;
+                state
+                    .chunks
+                    .get(&index)
+                    .is_none_or(|chunk| chunk.is_sent(length))
+            };
+            if !sent {
+                self.writer.spill_chunk(self, index, true).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The version of a part that was never a chunk.
+const UNTOUCHED: u64 = u64::MAX;
+
+impl State {
+    /// A modification counts only over the version it started from; a new file wins always.
+    fn condition(&self) -> Condition {
+        let Some(base) = self.base.as_ref().filter(|_| self.base_limit > 0) else {
+            return Condition::Always;
+        };
+        let source = base.source();
+        match source.etag {
+            Some(etag)
+                if source.key == self.target.key
+                    && self.target.store.capabilities().conditional_put =>
+            {
+                Condition::IfMatch(etag)
+            }
+            _ => Condition::Always,
+        }
+    }
+
+    fn action(&self, index: u32, size: u64) -> Action {
+        let bounds = self.geometry.range(index);
+        let part = bounds.start..bounds.end.min(size);
+        let length = part.end - part.start;
+        if self.size < size {
+            return Action::Shrunk;
+        }
+        let Some(chunk) = self.chunks.get(&index) else {
+            return self.action_without(part);
+        };
+        if chunk.is_sent(length)
+            && let Some(sent) = &chunk.sent
+        {
+            return Action::Have(sent.version, sent.receipt.clone());
+        }
+        if chunk.queued {
+            return Action::Wait;
+        }
+        if matches!(chunk.data, Data::GivenUp) {
+            return Action::GivenUp;
+        }
+        if chunk.local.start > 0 {
+            return Action::Fill(bounds.start..bounds.start + chunk.local.start);
+        }
+        if chunk.local.end < length {
+            return Action::Fill(bounds.start + chunk.local.end..part.end);
+        }
+        Action::Send
+    }
+
+    fn action_without(&self, part: Range<u64>) -> Action {
+        let Some(base) = self.base.as_ref().filter(|_| part.end <= self.base_limit) else {
+            return Action::Load;
+        };
+        let source = base.source();
+        let same_store = Arc::ptr_eq(&source.store, &self.target.store);
+        if same_store && self.target.store.capabilities().copy_part {
+            Action::Copy(source)
+        } else {
+            Action::Load
+        }
+    }
+}
+
+async fn move_object(from: &Target, to: &Target, stored: &Stored) -> Result<Stored, WriteError> {
+    let source = ObjectMeta {
+        key: from.key.clone(),
+        size: stored.size,
+        etag: stored.etag.clone(),
+        modified: stored.modified,
+    };
+    let moved = to.store.copy(&source, &to.key).await?;
+    from.store.delete(std::slice::from_ref(&from.key)).await?;
+    Ok(moved)
+}

@@ -1,0 +1,190 @@
+//! What gives way when memory is spent.
+//!
+//! In this order: blocks that readers cached (the budget sees to that itself); chunks of a
+//! sequential writer that the store holds already, oldest first, keeping the first and the last;
+//! then a wait for what is on its way; then chunks that nobody is sending go to disk; and when
+//! the spill is full too, drafts that were held back for their name are sent after all. A writer
+//! waits meanwhile. Only when nothing is on its way and nothing can give way does a write fail.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::Writer;
+use super::chunk::Data;
+use super::draft::Draft;
+use super::error::WriteError;
+use super::send::task_lost;
+use super::spill::SpillFile;
+
+/// How long to wait for bytes to come back before looking again at what could give way.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often in a row nothing may be on its way and nothing give way before a write fails.
+const HOPELESS_ROUNDS: usize = 30;
+
+impl Writer {
+    /// Makes some room for `draft`, or waits until there may be some.
+    pub(super) async fn make_room(self: &Arc<Self>, draft: &Arc<Draft>) -> Result<(), WriteError> {
+        let used = self.memory.used();
+        let _relief = self.relief.lock().await;
+        if self.memory.used() < used {
+            return Ok(());
+        }
+        for _ in 0..HOPELESS_ROUNDS {
+            if self.give_up_sent_chunks() {
+                return Ok(());
+            }
+            if self.in_flight.load(Ordering::Relaxed) > 0 {
+                if self.memory.wait_for_freed(PATIENCE).await {
+                    return Ok(());
+                }
+                continue;
+            }
+            if self.spill_oldest().await? || self.send_held() {
+                return Ok(());
+            }
+            if self.memory.wait_for_freed(PATIENCE).await {
+                return Ok(());
+            }
+        }
+        if self.in_flight.load(Ordering::Relaxed) > 0 {
+            return Ok(());
+        }
+        Err(WriteError::NoRoom {
+            object: draft.target().object(),
+        })
+    }
+
+    /// Drops local copies of chunks that the store holds.
+    fn give_up_sent_chunks(&self) -> bool {
+        let mut given = None;
+        let mut oldest = u64::MAX;
+        for draft in self.all_drafts() {
+            let state = draft.state.lock();
+            if !state.sequential {
+                continue;
+            }
+            let last = state.chunks.keys().next_back().copied();
+            for (index, chunk) in &state.chunks {
+                let range = state.part(*index);
+                let keeps = *index == 0 || Some(*index) == last;
+                let sent = !chunk.queued && chunk.is_sent(range.end - range.start);
+                if !keeps && sent && chunk.memory() > 0 && chunk.touched < oldest {
+                    oldest = chunk.touched;
+                    given = Some((Arc::clone(&draft), *index));
+                }
+            }
+        }
+        let Some((draft, index)) = given else {
+            return false;
+        };
+        let mut state = draft.state.lock();
+        let Some(chunk) = state.chunks.get_mut(&index) else {
+            return true;
+        };
+        if chunk
+            .sent
+            .as_ref()
+            .is_some_and(|sent| sent.version == chunk.version)
+        {
+            let dropped = std::mem::replace(&mut chunk.data, Data::GivenUp);
+            drop(state);
+            drop(dropped);
+        }
+        true
+    }
+
+    /// Moves the chunk that was touched longest ago to disk; false when the spill is full or
+    /// there is none.
+    async fn spill_oldest(self: &Arc<Self>) -> Result<bool, WriteError> {
+        let mut candidate = None;
+        let mut oldest = u64::MAX;
+        for draft in self.all_drafts() {
+            let state = draft.state.lock();
+            for (index, chunk) in &state.chunks {
+                if !chunk.queued && chunk.memory() > 0 && chunk.touched < oldest {
+                    oldest = chunk.touched;
+                    candidate = Some((Arc::clone(&draft), *index));
+                }
+            }
+        }
+        let Some((draft, index)) = candidate else {
+            return Ok(false);
+        };
+        self.spill_chunk(&draft, index, false).await
+    }
+
+    /// Moves one chunk to disk; with `synchronise` it is durable there, and its memory is kept no
+    /// longer either. False when the spill is full.
+    pub(super) async fn spill_chunk(
+        self: &Arc<Self>,
+        draft: &Arc<Draft>,
+        index: u32,
+        synchronise: bool,
+    ) -> Result<bool, WriteError> {
+        let (bytes, local, version, already) = {
+            let state = draft.state.lock();
+            let Some(chunk) = state.chunks.get(&index) else {
+                return Ok(true);
+            };
+            let already = match &chunk.data {
+                Data::Spilled(file) => Some(Arc::clone(file)),
+                Data::Memory(_) => None,
+                Data::GivenUp => return Ok(true),
+            };
+            (chunk.share(), chunk.local.clone(), chunk.version, already)
+        };
+        let file = match already {
+            Some(file) => file,
+            None => match self.spill.create(local.end) {
+                Some(file) => Arc::new(file?),
+                None => return Ok(false),
+            },
+        };
+        let written = Arc::clone(&file);
+        let start = local.start;
+        tokio::task::spawn_blocking(move || save(&written, bytes.as_deref(), start, synchronise))
+            .await
+            .map_err(|error| task_lost(draft, &error))??;
+        let mut state = draft.state.lock();
+        if let Some(chunk) = state.chunks.get_mut(&index)
+            && chunk.version == version
+            && chunk.local == local
+            && matches!(chunk.data, Data::Memory(_))
+        {
+            let dropped = std::mem::replace(&mut chunk.data, Data::Spilled(file));
+            drop(state);
+            drop(dropped);
+        }
+        Ok(true)
+    }
+
+    /// Sends what was held back for a better name.
+    fn send_held(&self) -> bool {
+        let mut queued = 0;
+        for draft in self.all_drafts() {
+            let mut state = draft.state.lock();
+            if state.held && !state.detached {
+                state.held = false;
+                queued += draft.queue_full_chunks(&mut state);
+            }
+        }
+        queued > 0
+    }
+}
+
+fn save(
+    file: &SpillFile,
+    bytes: Option<&[u8]>,
+    start: u64,
+    synchronise: bool,
+) -> Result<(), WriteError> {
+    if let Some(bytes) = bytes {
+        file.write(bytes, start)?;
+    }
+    if synchronise {
+        file.synchronise()
+    } else {
+        Ok(())
+    }
+}
