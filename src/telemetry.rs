@@ -21,7 +21,7 @@ pub fn start(level: tracing::Level, file: Option<&Path>) -> io::Result<()> {
         .ok()
         .filter(|text| !text.is_empty());
     // Libraries are heard only when something is wrong: at debug they print whole requests.
-    let directives = directives.unwrap_or_else(|| format!("warn,mlfs={level}"));
+    let directives = directives.unwrap_or_else(|| format!("warn,fuser=error,mlfs={level}"));
     let filter = EnvFilter::try_new(&directives).map_err(|error| {
         io::Error::new(
             io::ErrorKind::InvalidInput,

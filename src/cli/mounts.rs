@@ -34,8 +34,17 @@ fn resolve_parent(path: &Path) -> PathBuf {
 fn parse(line: &str) -> Option<(PathBuf, String)> {
     let (before, after) = line.split_once(" - ")?;
     let path = before.split(' ').nth(4)?;
-    let kind = after.split(' ').next()?;
-    Some((PathBuf::from(unescape(path)), kind.to_owned()))
+    let (kind, source) = {
+        let mut words = after.split(' ');
+        (words.next()?, words.next()?)
+    };
+    // A mount made by root directly carries no subtype; the source then tells whose it is.
+    let kind = if kind == "fuse" {
+        format!("fuse.{source}")
+    } else {
+        kind.to_owned()
+    };
+    Some((PathBuf::from(unescape(path)), kind))
 }
 
 /// The table writes a space as `\040`.

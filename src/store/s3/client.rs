@@ -4,6 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use aws_config::environment::EnvironmentVariableRegionProvider;
+use aws_config::meta::region::RegionProviderChain;
+use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region};
@@ -56,6 +59,15 @@ impl S3Client {
                     .grace_period(STALL_GRACE)
                     .build(),
             );
+        if named.is_some() {
+            // Who names an endpoint is not asked for a region: variables and profile are looked
+            // at, the instance's metadata service is not.
+            loader = loader.region(
+                RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
+                    .or_else(ProfileFileRegionProvider::new())
+                    .or_else(Region::new(DEFAULT_REGION)),
+            );
+        }
         if settings.anonymous {
             loader = loader.no_credentials();
         }

@@ -1,0 +1,18 @@
+//! An S3 server in memory.
+
+mod body;
+mod faults;
+mod objects;
+mod operations;
+mod request;
+mod server;
+mod stats;
+mod xml;
+
+pub use faults::{Fault, Rule};
+pub use server::{S3Server, ServerOptions};
+pub use stats::{Kind, Logged, Stats};
+
+/// The only credentials.
+pub const ACCESS_KEY: &str = "lab";
+pub const SECRET_KEY: &str = "labsecret";

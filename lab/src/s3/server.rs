@@ -1,0 +1,365 @@
+//! Listening, and what happens to every request: counting, gates, faults, shaping.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::sync::Notify;
+
+use super::body::{Body, BrokenOff, Damage, incoming, text};
+use super::faults::{Fault, Faults, Rule};
+use super::objects::{Content, Object, Objects};
+use super::operations::{Answer, Failure, Operations};
+use super::request::Asked;
+use super::stats::{Counter, Kind, Logged, Stats};
+
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Port 0: any free one.
+    pub listen: SocketAddr,
+    pub threads: usize,
+    /// Before the first byte of each answer.
+    pub first_byte: Duration,
+    /// Bytes a second of each connection, each way.
+    pub connection_rate: Option<u64>,
+    /// Refuse requests that do not name the access key.
+    pub verify_auth: bool,
+    pub auto_create_buckets: bool,
+    /// Count and checksum what is uploaded, and forget it.
+    pub discard_bodies: bool,
+    /// Bytes; smaller parts, but the last, are refused at completion.
+    pub minimum_part_size: u64,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            threads: 1,
+            first_byte: Duration::ZERO,
+            connection_rate: None,
+            verify_auth: true,
+            auto_create_buckets: true,
+            discard_bodies: false,
+            minimum_part_size: 5 << 20,
+        }
+    }
+}
+
+struct Shared {
+    objects: Arc<Objects>,
+    operations: Operations,
+    options: ServerOptions,
+    counter: Counter,
+    faults: Faults,
+    /// Kinds whose requests wait, and the word that they may go on.
+    gates: Mutex<HashSet<Kind>>,
+    released: Notify,
+}
+
+/// A running server, with a runtime of its own. Ends when dropped.
+pub struct S3Server {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    runtime: Option<Runtime>,
+}
+
+impl S3Server {
+    /// Starts listening.
+    pub fn start(options: ServerOptions) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(options.threads)
+            .thread_name("lab-s3")
+            .enable_all()
+            .build()
+            .context("the server's threads")?;
+        let listener = runtime
+            .block_on(TcpListener::bind(options.listen))
+            .with_context(|| format!("listening on {}", options.listen))?;
+        let address = listener.local_addr().context("the server's address")?;
+        let objects = Arc::new(Objects::default());
+        let shared = Arc::new(Shared {
+            operations: Operations {
+                objects: Arc::clone(&objects),
+                options: options.clone(),
+            },
+            objects,
+            options,
+            counter: Counter::default(),
+            faults: Faults::default(),
+            gates: Mutex::default(),
+            released: Notify::new(),
+        });
+        runtime.spawn(accept(listener, Arc::clone(&shared)));
+        Ok(Self {
+            address,
+            shared,
+            runtime: Some(runtime),
+        })
+    }
+
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.shared.counter.stats()
+    }
+
+    pub fn log(&self) -> Vec<Logged> {
+        self.shared.counter.log()
+    }
+
+    pub fn reset_stats(&self) {
+        self.shared.counter.reset();
+    }
+
+    /// Puts a schedule of faults in force, in place of the former.
+    pub fn set_faults(&self, seed: u64, rules: Vec<Rule>) {
+        self.shared.faults.set(seed, rules);
+    }
+
+    /// Requests of this kind wait until [`Self::release`].
+    pub fn hold(&self, kind: Kind) {
+        self.shared.gates.lock().insert(kind);
+    }
+
+    pub fn release(&self, kind: Kind) {
+        self.shared.gates.lock().remove(&kind);
+        self.shared.released.notify_waiters();
+    }
+
+    /// Keys of a bucket, in order.
+    pub fn keys(&self, bucket: &str) -> Vec<String> {
+        let buckets = self.shared.objects.buckets.lock();
+        buckets
+            .get(bucket)
+            .map_or_else(Vec::new, |bucket| bucket.keys().cloned().collect())
+    }
+
+    /// An object's bytes.
+    pub fn bytes(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
+        let object = self.shared.objects.get(bucket, key)?;
+        Some(object.content.slice(0..object.content.size()).concat())
+    }
+
+    pub fn put(&self, bucket: &str, key: &str, bytes: impl Into<Bytes>) {
+        self.insert(bucket, key, Content::Frames(vec![bytes.into()]));
+    }
+
+    /// An object of generated bytes behind `head`, which takes no memory.
+    pub fn put_generated(&self, bucket: &str, key: &str, head: impl Into<Bytes>, size: u64) {
+        self.insert(
+            bucket,
+            key,
+            Content::Generated {
+                head: head.into(),
+                size,
+            },
+        );
+    }
+
+    fn insert(&self, bucket: &str, key: &str, content: Content) {
+        let etag = self.shared.objects.etag(None);
+        let object = Object {
+            content,
+            etag,
+            modified: SystemTime::now(),
+            headers: Vec::new(),
+        };
+        self.shared.objects.put(bucket, key, object);
+    }
+
+    pub fn delete(&self, bucket: &str, key: &str) {
+        if let Some(bucket) = self.shared.objects.buckets.lock().get_mut(bucket) {
+            bucket.remove(key);
+        }
+    }
+
+    /// Unfinished uploads.
+    pub fn uploads(&self) -> usize {
+        self.shared.objects.uploads.lock().len()
+    }
+}
+
+impl Drop for S3Server {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            continue;
+        };
+        let _ = stream.set_nodelay(true);
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let service = service_fn(|request| handle(Arc::clone(&shared), request));
+            // A connection that a fault broke off ends with an error; so be it.
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .max_buf_size(1 << 20)
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+async fn handle(
+    shared: Arc<Shared>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, BrokenOff> {
+    let (parts, body) = request.into_parts();
+    let asked = Asked::new(parts.method, &parts.uri, parts.headers);
+    if asked.bucket == "-" {
+        return Ok(control(&shared, &asked, body).await.response);
+    }
+    let kind = asked.kind();
+    shared.counter.begin(kind);
+    let outcome = serve(&shared, kind, &asked, body).await;
+    let status = outcome
+        .as_ref()
+        .map_or(0, |answer| answer.response.status().as_u16());
+    shared.counter.end(Logged {
+        kind,
+        key: asked.key.clone(),
+        range: asked.header("range").map(str::to_owned),
+        status,
+    });
+    let answer = outcome?;
+    shared.counter.bytes_out(kind, answer.content);
+    Ok(answer.response)
+}
+
+async fn serve(
+    shared: &Shared,
+    kind: Kind,
+    asked: &Asked,
+    body: Incoming,
+) -> Result<Answer, BrokenOff> {
+    let fault = shared.faults.next(kind, &asked.key);
+    if fault == Some(Fault::ResetBefore) {
+        return Err(BrokenOff);
+    }
+    let body = incoming(body, shared.options.connection_rate)
+        .await
+        .map_err(|_| BrokenOff)?;
+    shared
+        .counter
+        .bytes_in(kind, body.iter().map(|frame| frame.len() as u64).sum());
+    wait_at_gate(shared, kind).await;
+    if !shared.options.first_byte.is_zero() {
+        tokio::time::sleep(shared.options.first_byte).await;
+    }
+    if shared.options.verify_auth && !is_authorised(asked) {
+        return Ok(Failure(403, "InvalidAccessKeyId".to_owned()).answer());
+    }
+    let damage = match &fault {
+        Some(Fault::Status(status, code)) => return Ok(Failure(*status, code.clone()).answer()),
+        Some(Fault::ResetAfter(bytes)) => Damage {
+            break_after: Some(*bytes),
+            stall: None,
+        },
+        Some(Fault::Stall(milliseconds)) => Damage {
+            break_after: None,
+            stall: Some(Duration::from_millis(*milliseconds)),
+        },
+        _ => Damage::default(),
+    };
+    let answer = shared
+        .operations
+        .run(kind, asked, body, damage)
+        .unwrap_or_else(|failure| failure.answer());
+    Ok(match fault {
+        Some(Fault::DoThenFail) => Failure(504, "GatewayTimeout".to_owned()).answer(),
+        _ => answer,
+    })
+}
+
+async fn wait_at_gate(shared: &Shared, kind: Kind) {
+    loop {
+        let released = shared.released.notified();
+        tokio::pin!(released);
+        released.as_mut().enable();
+        if !shared.gates.lock().contains(&kind) {
+            return;
+        }
+        released.await;
+    }
+}
+
+fn is_authorised(asked: &Asked) -> bool {
+    let named = format!("{}/", super::ACCESS_KEY);
+    let header = asked.header("authorization").unwrap_or_default();
+    let query = asked
+        .query
+        .get("X-Amz-Credential")
+        .map_or("", String::as_str);
+    header.contains(&format!("Credential={named}"))
+        || header.starts_with(&format!("AWS {}:", super::ACCESS_KEY))
+        || query.starts_with(&named)
+}
+
+/// The server's own paths, under `/-/lab/`.
+async fn control(shared: &Shared, asked: &Asked, body: Incoming) -> Answer {
+    let body = incoming(body, None).await.unwrap_or_default().concat();
+    let document = match (asked.method.as_str(), asked.key.as_str()) {
+        ("GET", "lab/stats") => serde_json::to_string(&shared.counter.stats()),
+        ("GET", "lab/requests") => serde_json::to_string(&shared.counter.log()),
+        ("POST", "lab/stats/reset") => {
+            shared.counter.reset();
+            Ok("{}".to_owned())
+        }
+        ("POST", "lab/faults") => match serde_json::from_slice::<Vec<Rule>>(&body) {
+            Ok(rules) => {
+                let seed = asked.query.get("seed").and_then(|seed| seed.parse().ok());
+                shared.faults.set(seed.unwrap_or(1), rules);
+                Ok("{}".to_owned())
+            }
+            Err(error) => return Failure(400, error.to_string()).answer(),
+        },
+        ("PUT", "lab/generated") => {
+            let parameter = |name: &str| asked.query.get(name).cloned().unwrap_or_default();
+            let Ok(size) = parameter("size").parse() else {
+                return Failure(400, "size".to_owned()).answer();
+            };
+            let etag = shared.objects.etag(None);
+            let content = Content::Generated {
+                head: body.into(),
+                size,
+            };
+            let modified = SystemTime::now();
+            let object = Object {
+                content,
+                etag,
+                modified,
+                headers: Vec::new(),
+            };
+            shared
+                .objects
+                .put(&parameter("bucket"), &parameter("key"), object);
+            Ok("{}".to_owned())
+        }
+        _ => return Failure(404, "NoSuchControl".to_owned()).answer(),
+    };
+    let document = document.unwrap_or_else(|error| error.to_string());
+    Answer {
+        response: Response::new(text(document)),
+        content: 0,
+    }
+}

@@ -1,0 +1,131 @@
+//! What was asked, by kind.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+/// Requests remembered one by one.
+const REMEMBERED: usize = 100_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    List,
+    Head,
+    Get,
+    Put,
+    CreateMultipart,
+    UploadPart,
+    CopyPart,
+    CompleteMultipart,
+    AbortMultipart,
+    ListParts,
+    ListUploads,
+    Copy,
+    Delete,
+    Other,
+}
+
+/// One request.
+#[derive(Clone, Debug, Serialize)]
+pub struct Logged {
+    pub kind: Kind,
+    pub key: String,
+    pub range: Option<String>,
+    pub status: u16,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Count {
+    pub requests: u64,
+    /// Bytes of bodies that came in.
+    pub bytes_in: u64,
+    /// Bytes of bodies that went out.
+    pub bytes_out: u64,
+}
+
+/// Counts by kind.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Stats {
+    pub kinds: BTreeMap<Kind, Count>,
+    pub most_at_once: u64,
+}
+
+impl Stats {
+    pub fn of(&self, kind: Kind) -> Count {
+        self.kinds.get(&kind).cloned().unwrap_or_default()
+    }
+
+    pub fn requests(&self) -> u64 {
+        self.kinds.values().map(|count| count.requests).sum()
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    stats: Stats,
+    at_once: u64,
+    log: VecDeque<Logged>,
+}
+
+/// Counts while the server runs.
+#[derive(Debug, Default)]
+pub(super) struct Counter {
+    state: Mutex<State>,
+}
+
+impl Counter {
+    pub fn begin(&self, kind: Kind) {
+        let mut state = self.state.lock();
+        state.at_once += 1;
+        state.stats.most_at_once = state.stats.most_at_once.max(state.at_once);
+        state.stats.kinds.entry(kind).or_default().requests += 1;
+    }
+
+    pub fn end(&self, logged: Logged) {
+        let mut state = self.state.lock();
+        state.at_once -= 1;
+        if state.log.len() == REMEMBERED {
+            state.log.pop_front();
+        }
+        state.log.push_back(logged);
+    }
+
+    pub fn bytes_in(&self, kind: Kind, bytes: u64) {
+        self.state
+            .lock()
+            .stats
+            .kinds
+            .entry(kind)
+            .or_default()
+            .bytes_in += bytes;
+    }
+
+    pub fn bytes_out(&self, kind: Kind, bytes: u64) {
+        self.state
+            .lock()
+            .stats
+            .kinds
+            .entry(kind)
+            .or_default()
+            .bytes_out += bytes;
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.state.lock().stats.clone()
+    }
+
+    pub fn log(&self) -> Vec<Logged> {
+        self.state.lock().log.iter().cloned().collect()
+    }
+
+    pub fn reset(&self) {
+        let mut state = self.state.lock();
+        let at_once = state.at_once;
+        *state = State {
+            at_once,
+            ..State::default()
+        };
+    }
+}

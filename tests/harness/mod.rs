@@ -1,0 +1,195 @@
+//! A real mount of the real program, over the in-memory S3 server and a stand-in tracking server.
+
+#![allow(dead_code)]
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use mlfs_lab::s3::{ACCESS_KEY, S3Server, SECRET_KEY, ServerOptions};
+use mlfs_lab::tracking::TrackingServer;
+
+pub const BUCKET: &str = "bucket";
+/// The run every test has, and the prefix of its artifacts.
+pub const RUN: &str = "0123456789abcdef0123456789abcdef";
+pub const PREFIX: &str = "root/0123456789abcdef0123456789abcdef/artifacts";
+/// How long a condition is waited for before a test fails.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Lab {
+    pub s3: S3Server,
+    pub tracking: TrackingServer,
+    folder: tempfile::TempDir,
+}
+
+/// A mount; unmounted when dropped.
+pub struct Mount<'a> {
+    pub lab: &'a Lab,
+    pub path: PathBuf,
+}
+
+impl Lab {
+    pub fn new() -> Self {
+        Self::with(ServerOptions::default())
+    }
+
+    pub fn with(options: ServerOptions) -> Self {
+        let s3 = S3Server::start(options).expect("the S3 server");
+        let tracking = TrackingServer::start(SocketAddr::from(([127, 0, 0, 1], 0)))
+            .expect("the tracking server");
+        tracking.add_run(RUN, &format!("s3://{BUCKET}/{PREFIX}"));
+        let folder = tempfile::tempdir().expect("a folder");
+        Self {
+            s3,
+            tracking,
+            folder,
+        }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The program, in a clean environment that knows the servers.
+    pub fn program(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mlfs"));
+        command
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", self.folder())
+            .env("MLFLOW_TRACKING_URI", self.tracking.uri())
+            .env("MLFLOW_S3_ENDPOINT_URL", self.s3.endpoint())
+            .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+            .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY);
+        command
+    }
+
+    pub fn mount(&self) -> Mount<'_> {
+        self.mount_with(&[])
+    }
+
+    pub fn mount_with(&self, flags: &[&str]) -> Mount<'_> {
+        let path = self.empty_folder();
+        let output = self
+            .program()
+            .arg("mount")
+            .arg(&path)
+            .arg("--log-file")
+            .arg(self.log())
+            .args(flags)
+            .output()
+            .expect("mlfs runs");
+        assert!(output.status.success(), "mount failed: {}", text(&output));
+        Mount { lab: self, path }
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.folder().join("log")
+    }
+
+    pub fn log_text(&self) -> String {
+        std::fs::read_to_string(self.log()).unwrap_or_default()
+    }
+
+    pub fn empty_folder(&self) -> PathBuf {
+        (0..)
+            .map(|number| self.folder().join(format!("mount-{number}")))
+            .find(|path| std::fs::create_dir(path).is_ok())
+            .expect("a free name")
+    }
+
+    /// The store's bytes of an artifact of the run.
+    pub fn stored(&self, path: &str) -> Option<Vec<u8>> {
+        self.s3.bytes(BUCKET, &format!("{PREFIX}/{path}"))
+    }
+
+    pub fn put(&self, path: &str, bytes: impl Into<Vec<u8>>) {
+        self.s3
+            .put(BUCKET, &format!("{PREFIX}/{path}"), bytes.into());
+    }
+
+    /// Names of the run's artifacts in the store.
+    pub fn names(&self) -> Vec<String> {
+        let prefix = format!("{PREFIX}/");
+        let keys = self.s3.keys(BUCKET);
+        keys.iter()
+            .filter_map(|key| key.strip_prefix(&prefix))
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+impl Mount<'_> {
+    /// A path inside the run.
+    pub fn at(&self, path: &str) -> PathBuf {
+        self.path.join(RUN).join(path)
+    }
+
+    pub fn unmount(&self) -> Output {
+        self.lab
+            .program()
+            .arg("unmount")
+            .arg(&self.path)
+            .output()
+            .expect("mlfs runs")
+    }
+
+    pub fn status(&self) -> serde_json::Value {
+        let text = std::fs::read(self.path.join(".mlfs/status")).expect("the status");
+        serde_json::from_slice(&text).expect("the status is JSON")
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.status()["pid"].as_i64().expect("a pid") as i32
+    }
+}
+
+impl Drop for Mount<'_> {
+    fn drop(&mut self) {
+        let _ = self
+            .lab
+            .program()
+            .args(["unmount", "--timeout", "10s"])
+            .arg(&self.path)
+            .output();
+        let path = std::ffi::CString::new(self.path.as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: a valid C string; a mount that is gone already is an error nobody minds.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+/// Standard error of a process, for messages.
+pub fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Waits until `condition` holds; fails the test when it does not come to hold.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain for: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Bytes that are nowhere alike.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        bytes.extend_from_slice(&seed.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+pub fn errno(outcome: std::io::Result<impl Sized>) -> i32 {
+    outcome
+        .err()
+        .and_then(|error| error.raw_os_error())
+        .unwrap_or(0)
+}

@@ -1,0 +1,207 @@
+//! What reading through a mount promises.
+
+mod harness;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+
+use harness::{BUCKET, Lab, PREFIX, errno, noise};
+use mlfs_lab::s3::{Fault, Kind, Rule};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn opening_fetches_nothing_and_reading_fetches_little_more_than_it_returns() {
+    let lab = Lab::new();
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    let mount = lab.mount();
+    let file = File::open(mount.at("big")).unwrap();
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, 0);
+    let mut seed = 12345_u64;
+    let mut buffer = vec![0; MIB as usize];
+    for _ in 0..50 {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let offset = (seed >> 16) % ((8 << 30) - MIB);
+        file.read_exact_at(&mut buffer, offset).unwrap();
+    }
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert!(fetched <= 50 * MIB * 5 / 4, "{fetched}");
+}
+
+#[test]
+fn a_sequential_read_is_right_and_keeps_several_ranges_in_flight() {
+    let lab = Lab::new();
+    let data = noise(100 << 20);
+    lab.put("f", data.clone());
+    let mount = lab.mount_with(&["--memory", "128MiB"]);
+    assert!(fs::read(mount.at("f")).unwrap() == data);
+    let stats = lab.s3.stats();
+    assert_eq!(stats.of(Kind::Get).bytes_out, data.len() as u64);
+    assert!(stats.most_at_once >= 3, "{}", stats.most_at_once);
+    assert!(
+        mount.status()["memory"]["peak"].as_u64() <= mount.status()["memory"]["limit"].as_u64()
+    );
+}
+
+#[test]
+fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
+    let lab = Lab::new();
+    // Sixty-four tensors of 64 MiB; the data are generated behind a real header.
+    let tensor = 64 * MIB;
+    let entries: Vec<String> = (0..64)
+        .map(|index| {
+            let (from, to) = (index * tensor, (index + 1) * tensor);
+            format!("\"t{index}\":{{\"dtype\":\"U8\",\"shape\":[{tensor}],\"data_offsets\":[{from},{to}]}}")
+        })
+        .collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let mut head = (header.len() as u64).to_le_bytes().to_vec();
+    head.extend_from_slice(header.as_bytes());
+    let start = head.len() as u64;
+    let key = format!("{PREFIX}/m.safetensors");
+    lab.s3
+        .put_generated(BUCKET, &key, head, start + 64 * tensor);
+    let mount = lab.mount();
+    let file = File::open(mount.at("m.safetensors")).unwrap();
+    let mut length = [0; 8];
+    file.read_exact_at(&mut length, 0).unwrap();
+    assert_eq!(u64::from_le_bytes(length) + 8, start);
+    let mut buffer = vec![0; MIB as usize];
+    for piece in 0..64 {
+        file.read_exact_at(&mut buffer, start + 31 * tensor + piece * MIB)
+            .unwrap();
+    }
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert!(fetched <= tensor * 102 / 100 + MIB, "{fetched}");
+}
+
+#[test]
+fn a_small_file_is_one_request_and_is_not_asked_for_again() {
+    let lab = Lab::new();
+    lab.put("f", noise(300 * 1024));
+    let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
+    for _ in 0..5 {
+        assert!(fs::read(mount.at("f")).unwrap() == noise(300 * 1024));
+    }
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, 1);
+    assert_eq!(lab.s3.stats().of(Kind::Head).requests, 0);
+}
+
+#[test]
+fn an_open_file_is_one_version() {
+    let lab = Lab::new();
+    lab.put("f", vec![1; 4 << 20]);
+    let mount = lab.mount_with(&["--metadata-ttl", "0"]);
+    let old = File::open(mount.at("f")).unwrap();
+    let mut byte = [0];
+    old.read_exact_at(&mut byte, 0).unwrap();
+    lab.put("f", vec![2; 4 << 20]);
+    let new = File::open(mount.at("f")).unwrap();
+    new.read_exact_at(&mut byte, 0).unwrap();
+    assert_eq!(byte, [2]);
+    new.read_exact_at(&mut byte, 3 << 20).unwrap();
+    assert_eq!(byte, [2]);
+    // What was not fetched of the old version is gone; what was, is still it.
+    assert_eq!(errno(old.read_exact_at(&mut byte, 3 << 20)), libc::ESTALE);
+    old.read_exact_at(&mut byte, 0).unwrap();
+    assert_eq!(byte, [1]);
+}
+
+#[test]
+fn a_body_that_breaks_off_is_resumed_and_no_byte_is_wrong() {
+    let lab = Lab::new();
+    let data = noise(20 << 20);
+    lab.put("f", data.clone());
+    let mount = lab.mount();
+    let hit = |fault, times| Rule {
+        times: Some(times),
+        ..Rule::once(Kind::Get, fault)
+    };
+    lab.s3.set_faults(
+        7,
+        vec![
+            hit(Fault::ResetAfter(1000), 3),
+            hit(Fault::ResetBefore, 2),
+            hit(Fault::Status(503, "SlowDown".to_owned()), 2),
+            hit(Fault::Status(500, "InternalError".to_owned()), 2),
+            hit(Fault::ResetAfter(700_001), 3),
+        ],
+    );
+    assert!(fs::read(mount.at("f")).unwrap() == data);
+}
+
+#[test]
+fn a_slow_store_starves_nobody_else() {
+    let lab = Lab::new();
+    lab.put("slow", noise(1 << 20));
+    lab.put("d/fast", b"x".as_slice());
+    let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
+    assert!(mount.at("slow").exists() && mount.at("d/fast").exists());
+    lab.s3.hold(Kind::Get);
+    let path = mount.at("slow");
+    let readers: Vec<_> = (0..20)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || fs::read(path).unwrap().len())
+        })
+        .collect();
+    harness::wait_until("a reader to wait", || {
+        lab.s3.stats().of(Kind::Get).requests > 0
+    });
+    // Metadata and writes go on.
+    assert_eq!(fs::metadata(mount.at("d/fast")).unwrap().len(), 1);
+    fs::write(mount.at("d/new"), b"y").unwrap();
+    assert_eq!(lab.stored("d/new").unwrap(), b"y");
+    lab.s3.release(Kind::Get);
+    for reader in readers {
+        assert_eq!(reader.join().unwrap(), 1 << 20);
+    }
+    // Fetched once, whoever waited.
+    assert_eq!(lab.s3.stats().of(Kind::Get).bytes_out, 1 << 20);
+}
+
+#[test]
+fn what_is_missing_or_forbidden_in_the_store_is_the_errno_a_program_expects() {
+    let lab = Lab::new();
+    lab.put("f", noise(1 << 20));
+    let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
+    assert!(mount.at("f").exists());
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    lab.s3.set_faults(1, vec![Rule::once(Kind::Get, refused)]);
+    let mut text = Vec::new();
+    let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);
+    assert_eq!(errno(read), libc::EACCES);
+    assert!(lab.log_text().contains("AccessDenied"));
+    lab.s3.delete(BUCKET, &format!("{PREFIX}/f"));
+    let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);
+    assert_eq!(errno(read), libc::ENOENT);
+}
+
+#[test]
+fn mappings_are_read_right() {
+    let lab = Lab::new();
+    let data = noise(30 << 20);
+    lab.put("f", data.clone());
+    let mount = lab.mount();
+    let file = File::open(mount.at("f")).unwrap();
+    // SAFETY: maps the whole of a file that nobody truncates.
+    let map = unsafe {
+        use std::os::fd::AsRawFd;
+        let address = libc::mmap(
+            std::ptr::null_mut(),
+            data.len(),
+            libc::PROT_READ,
+            libc::MAP_PRIVATE,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(address, libc::MAP_FAILED);
+        std::slice::from_raw_parts(address.cast::<u8>(), data.len())
+    };
+    drop(file);
+    assert!(map == data.as_slice());
+    // SAFETY: the mapping made above, not used any more.
+    unsafe { libc::munmap(map.as_ptr().cast_mut().cast(), data.len()) };
+}

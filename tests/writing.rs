@@ -1,0 +1,584 @@
+//! What writing through a mount promises.
+
+mod harness;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+
+use harness::{Lab, errno, noise, wait_until};
+use mlfs_lab::s3::{Fault, Kind, Rule};
+
+const PART: usize = 5 << 20;
+/// Small parts, so that small files have several.
+const SMALL_PARTS: &[&str] = &["--part-size", "5MiB", "--memory", "128MiB"];
+
+/// close(2), whose error std's `File` swallows.
+fn close(file: File) -> i32 {
+    let descriptor = OwnedFd::from(file);
+    // SAFETY: the descriptor is owned here and forgotten right after.
+    let outcome = unsafe { libc::close(descriptor.as_raw_fd()) };
+    let error = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    std::mem::forget(descriptor);
+    if outcome == 0 { 0 } else { error }
+}
+
+#[test]
+fn close_returns_zero_only_when_the_whole_file_is_in_the_store() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(3 * PART + 12345);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&data).unwrap();
+    assert_eq!(lab.stored("f"), None);
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    assert_eq!(lab.s3.uploads(), 0);
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, 4);
+}
+
+#[test]
+fn a_small_file_is_one_put_and_nothing_else() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
+    fs::write(mount.at("first"), b"x").unwrap();
+    lab.s3.reset_stats();
+    for index in 0..20 {
+        fs::write(mount.at(&format!("f{index}")), noise(100 * 1024)).unwrap();
+    }
+    let stats = lab.s3.stats();
+    assert_eq!((stats.of(Kind::Put).requests, stats.requests()), (20, 20));
+}
+
+#[test]
+fn full_chunks_are_sent_while_writing_goes_on() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&noise(2 * PART)).unwrap();
+    wait_until("two parts to be sent", || {
+        lab.s3.stats().of(Kind::UploadPart).requests == 2
+    });
+    assert_eq!(lab.stored("f"), None);
+    file.write_all(b"tail").unwrap();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, 3);
+}
+
+#[test]
+fn a_failed_close_is_an_errno_and_the_bytes_stay_and_are_sent_again() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    lab.s3.set_faults(1, vec![Rule::every(Kind::Put, refused)]);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(b"precious").unwrap();
+    assert_eq!(close(file), libc::EACCES);
+    assert_eq!(fs::read(mount.at("f")).unwrap(), b"precious");
+    assert!(lab.log_text().contains("AccessDenied"));
+    lab.s3.set_faults(1, Vec::new());
+    fs::write(mount.path.join(".mlfs/drain"), b"now").unwrap();
+    wait_until("the bytes to be stored", || {
+        lab.stored("f").as_deref() == Some(b"precious")
+    });
+}
+
+#[test]
+fn an_overwrite_shows_the_old_object_or_the_new_and_nothing_between() {
+    let lab = Lab::new();
+    lab.put("f", vec![1; 3 * PART]);
+    let mount = lab.mount_with(SMALL_PARTS);
+    let mut file = File::create(mount.at("f")).unwrap();
+    let new = noise(2 * PART + 7);
+    file.write_all(&new).unwrap();
+    assert!(lab.stored("f").unwrap() == vec![1; 3 * PART]);
+    // This mount's readers see what was written.
+    assert!(fs::read(mount.at("f")).unwrap() == new);
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == new);
+    assert!(fs::read(mount.at("f")).unwrap() == new);
+}
+
+#[test]
+fn append_truncate_and_random_writes_change_a_stored_object() {
+    let lab = Lab::new();
+    let mut expected = noise(4 * PART + 999);
+    lab.put("f", expected.clone());
+    let mount = lab.mount_with(SMALL_PARTS);
+    OpenOptions::new()
+        .append(true)
+        .open(mount.at("f"))
+        .unwrap()
+        .write_all(b"appended")
+        .unwrap();
+    expected.extend_from_slice(b"appended");
+    assert!(lab.stored("f").unwrap() == expected);
+    {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(mount.at("f"))
+            .unwrap();
+        file.write_all_at(b"middle", (2 * PART + 100) as u64)
+            .unwrap();
+        expected[2 * PART + 100..2 * PART + 106].copy_from_slice(b"middle");
+        let mut read = vec![0; expected.len()];
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert!(read == expected);
+    }
+    assert!(lab.stored("f").unwrap() == expected);
+    for size in [3 * PART + 5, 10, PART + 10, 0, 20] {
+        OpenOptions::new()
+            .write(true)
+            .open(mount.at("f"))
+            .unwrap()
+            .set_len(size as u64)
+            .unwrap();
+        expected.resize(size, 0);
+        assert!(lab.stored("f").unwrap() == expected, "{size}");
+    }
+    // truncate(2), without a descriptor.
+    let path = std::ffi::CString::new(mount.at("f").to_str().unwrap()).unwrap();
+    // SAFETY: a valid C string.
+    assert_eq!(unsafe { libc::truncate(path.as_ptr(), 5) }, 0);
+    assert_eq!(lab.stored("f").unwrap().len(), 5);
+    assert_eq!(lab.s3.uploads(), 0);
+}
+
+#[test]
+fn one_small_overwrite_of_a_large_object_sends_one_part() {
+    let lab = Lab::new();
+    lab.put("f", noise(20 * PART));
+    let mount = lab.mount_with(SMALL_PARTS);
+    lab.s3.reset_stats();
+    {
+        let file = OpenOptions::new().write(true).open(mount.at("f")).unwrap();
+        file.write_all_at(&[9; 4096], (7 * PART + 1) as u64)
+            .unwrap();
+    }
+    let stats = lab.s3.stats();
+    assert!(stats.of(Kind::UploadPart).bytes_in <= 2 * PART as u64);
+    assert_eq!(stats.of(Kind::CopyPart).requests, 19);
+    let mut expected = noise(20 * PART);
+    expected[7 * PART + 1..7 * PART + 4097].fill(9);
+    assert!(lab.stored("f").unwrap() == expected);
+}
+
+#[test]
+fn a_header_rewritten_at_the_end_sends_its_part_again() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let mut expected = noise(3 * PART);
+    {
+        let mut file = File::create(mount.at("f")).unwrap();
+        file.write_all(&expected).unwrap();
+        wait_until("all parts to be sent", || {
+            lab.s3.stats().of(Kind::UploadPart).requests == 3
+        });
+        file.seek(SeekFrom::Start(0)).unwrap();
+        file.write_all(b"header").unwrap();
+    }
+    expected[..6].copy_from_slice(b"header");
+    assert!(lab.stored("f").unwrap() == expected);
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, 4);
+}
+
+#[test]
+fn holes_read_as_zeros_here_and_in_the_store() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let size = 3 * PART + 77;
+    {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(mount.at("f"))
+            .unwrap();
+        file.set_len(size as u64).unwrap();
+        file.write_all_at(b"x", (size - 1) as u64).unwrap();
+        file.write_all_at(b"y", 100).unwrap();
+        let mut read = vec![1; size];
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert_eq!(read.iter().filter(|byte| **byte != 0).count(), 2);
+    }
+    let stored = lab.stored("f").unwrap();
+    assert_eq!(stored.len(), size);
+    assert_eq!((stored[100], stored[size - 1]), (b'y', b'x'));
+    assert_eq!(stored.iter().filter(|byte| **byte != 0).count(), 2);
+}
+
+#[test]
+fn a_file_renamed_before_it_is_closed_is_published_once_under_its_last_name() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(2 * PART + 5);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(mount.at(".tmpXYZ"))
+        .unwrap();
+    file.set_len(data.len() as u64).unwrap();
+    file.write_all(&data).unwrap();
+    fs::rename(mount.at(".tmpXYZ"), mount.at("model.safetensors")).unwrap();
+    assert_eq!(lab.names(), Vec::<String>::new());
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.names(), ["model.safetensors"]);
+    assert!(lab.stored("model.safetensors").unwrap() == data);
+    let stats = lab.s3.stats();
+    assert_eq!(stats.of(Kind::Copy).requests, 0);
+    assert_eq!(stats.of(Kind::UploadPart).bytes_in, data.len() as u64);
+}
+
+#[test]
+fn a_file_renamed_while_parts_of_it_are_sent_is_whole_under_the_new_name_only() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(4 * PART + 5);
+    let mut file = File::create(mount.at("first")).unwrap();
+    file.write_all(&data[..3 * PART]).unwrap();
+    wait_until("a part to be sent", || {
+        lab.s3.stats().of(Kind::UploadPart).requests > 0
+    });
+    fs::create_dir(mount.at("d")).unwrap();
+    fs::rename(mount.at("first"), mount.at("d/second")).unwrap();
+    file.write_all(&data[3 * PART..]).unwrap();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.names(), ["d/second"]);
+    assert!(lab.stored("d/second").unwrap() == data);
+    wait_until("the first upload to be given up", || lab.s3.uploads() == 0);
+}
+
+#[test]
+fn a_directory_renamed_with_open_files_takes_them_along() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    fs::create_dir(mount.at("from")).unwrap();
+    fs::write(mount.at("from/closed"), b"closed").unwrap();
+    let mut file = File::create(mount.at("from/open")).unwrap();
+    file.write_all(b"open").unwrap();
+    fs::rename(mount.at("from"), mount.at("to")).unwrap();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.names(), ["to/closed", "to/open"]);
+    assert_eq!(fs::read(mount.at("to/open")).unwrap(), b"open");
+}
+
+#[test]
+fn an_unlinked_file_can_be_used_to_the_end_and_leaves_nothing_in_the_store() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(2 * PART);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(mount.at("f"))
+        .unwrap();
+    file.write_all(&data).unwrap();
+    fs::remove_file(mount.at("f")).unwrap();
+    file.write_all(b"more").unwrap();
+    let mut read = Vec::new();
+    file.seek(SeekFrom::Start(0)).unwrap();
+    file.read_to_end(&mut read).unwrap();
+    assert_eq!(read.len(), data.len() + 4);
+    assert_eq!(close(file), 0);
+    wait_until("the upload to be given up", || lab.s3.uploads() == 0);
+    assert_eq!(lab.names(), Vec::<String>::new());
+}
+
+#[test]
+fn a_flush_before_any_write_publishes_nothing() {
+    let lab = Lab::new();
+    lab.put("f", b"old".as_slice());
+    let mount = lab.mount();
+    let mut file = File::create(mount.at("f")).unwrap();
+    drop(file.try_clone().unwrap());
+    assert_eq!(lab.stored("f").unwrap(), b"old");
+    file.write_all(b"new").unwrap();
+    drop(file.try_clone().unwrap());
+    assert_eq!(lab.stored("f").unwrap(), b"new");
+    lab.s3.reset_stats();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.s3.stats().of(Kind::Put).requests, 0);
+}
+
+#[test]
+fn an_empty_file_is_published_too() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    drop(File::create(mount.at("empty")).unwrap());
+    wait_until("the file to be stored", || {
+        lab.stored("empty") == Some(Vec::new())
+    });
+    assert_eq!(fs::metadata(mount.at("empty")).unwrap().len(), 0);
+}
+
+#[test]
+fn a_child_that_merely_inherited_the_descriptor_does_not_publish_by_exiting() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(b"half").unwrap();
+    // SAFETY: between fork and _exit the child calls nothing but _exit.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: ends the child at once, closing its descriptors.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child just made.
+    unsafe { libc::waitpid(child, &mut status, 0) };
+    assert_eq!(lab.stored("f"), None);
+    file.write_all(b" and whole").unwrap();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.stored("f").unwrap(), b"half and whole");
+}
+
+#[test]
+fn what_a_child_wrote_is_published_when_the_child_ends() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let file = File::create(mount.at("f")).unwrap();
+    let kept = file.try_clone().unwrap();
+    let status = Command::new("sh")
+        .args(["-c", "echo from the child"])
+        .stdout(Stdio::from(file))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(lab.stored("f").unwrap(), b"from the child\n");
+    drop(kept);
+}
+
+#[test]
+fn shell_redirections_and_tools_work() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let script = "set -e; echo one > f; echo two >> f; cp f g; mv g h; cp -a h i; \
+                  dd if=/dev/zero of=z bs=64k count=3 2>/dev/null; cat f h i > all; \
+                  tar cf t.tar f h; mkdir x; tar xf t.tar -C x; test \"$(cat x/f)\" = \"$(cat f)\"; \
+                  rm t.tar z; sync f";
+    let status = Command::new("sh")
+        .args(["-c", script])
+        .current_dir(mount.at(""))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(lab.stored("f").unwrap(), b"one\ntwo\n");
+    assert_eq!(lab.names(), ["all", "f", "h", "i", "x/f", "x/h"]);
+}
+
+#[test]
+fn a_shared_mapping_is_written_back_even_after_close() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let size = 1 << 20;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(mount.at("f"))
+        .unwrap();
+    file.set_len(size as u64).unwrap();
+    // SAFETY: maps the whole of a file that nobody truncates.
+    let map = unsafe {
+        let address = libc::mmap(
+            std::ptr::null_mut(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(address, libc::MAP_FAILED);
+        std::slice::from_raw_parts_mut(address.cast::<u8>(), size)
+    };
+    map[..5].copy_from_slice(b"start");
+    assert_eq!(close(file), 0);
+    assert_eq!(&lab.stored("f").unwrap()[..5], b"start");
+    map[size - 3..].copy_from_slice(b"end");
+    // SAFETY: the mapping made above.
+    unsafe { libc::munmap(map.as_mut_ptr().cast(), size) };
+    wait_until("the last stores to be published", || {
+        lab.stored("f").unwrap().ends_with(b"end")
+    });
+}
+
+#[test]
+fn two_writers_of_one_file_and_a_reader_see_each_other() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let mut one = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(mount.at("f"))
+        .unwrap();
+    let mut two = OpenOptions::new().append(true).open(mount.at("f")).unwrap();
+    for _ in 0..10 {
+        one.write_all(b"one ").unwrap();
+        two.write_all(b"two ").unwrap();
+    }
+    assert_eq!(
+        fs::read_to_string(mount.at("f")).unwrap(),
+        "one two ".repeat(10)
+    );
+    assert_eq!(close(one), 0);
+    two.write_all(b"end").unwrap();
+    assert_eq!(close(two), 0);
+    assert_eq!(
+        String::from_utf8(lab.stored("f").unwrap()).unwrap(),
+        "one two ".repeat(10) + "end"
+    );
+}
+
+#[test]
+fn somebody_elses_overwrite_makes_a_partial_modification_fail_with_estale() {
+    let lab = Lab::new();
+    lab.put("f", noise(3 * PART));
+    let mount = lab.mount_with(SMALL_PARTS);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(mount.at("f"))
+        .unwrap();
+    file.write_all_at(b"mine", 10).unwrap();
+    lab.put("f", b"theirs".as_slice());
+    assert_eq!(close(file), libc::ESTALE);
+    assert_eq!(lab.stored("f").unwrap(), b"theirs");
+}
+
+#[test]
+fn trouble_that_passes_is_not_noticed() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let slow_down = Fault::Status(503, "SlowDown".to_owned());
+    let kinds = [
+        Kind::UploadPart,
+        Kind::CreateMultipart,
+        Kind::CompleteMultipart,
+        Kind::Put,
+    ];
+    let mut rules: Vec<Rule> = kinds.map(|kind| Rule::once(kind, slow_down.clone())).into();
+    rules.extend(kinds.map(|kind| Rule::once(kind, Fault::ResetBefore)));
+    rules.push(Rule::once(Kind::CompleteMultipart, Fault::DoThenFail));
+    lab.s3.set_faults(1, rules);
+    let data = noise(3 * PART);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&data).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    fs::write(mount.at("g"), b"small").unwrap();
+    assert_eq!(lab.stored("g").unwrap(), b"small");
+}
+
+#[test]
+fn a_file_larger_than_memory_and_spill_is_written_within_them() {
+    let lab = Lab::new();
+    let flags = [
+        "--part-size",
+        "5MiB",
+        "--memory",
+        "64MiB",
+        "--spill-size",
+        "10MiB",
+    ];
+    let mount = lab.mount_with(&flags);
+    let data = noise(60 * PART);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&data).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    let status = mount.status();
+    for budget in ["memory", "spill"] {
+        assert!(status[budget]["peak"].as_u64() <= status[budget]["limit"].as_u64());
+    }
+}
+
+#[test]
+fn many_files_at_once_share_the_memory_by_spilling() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "64MiB"]);
+    let data = noise(4 << 20);
+    let files: Vec<File> = (0..40)
+        .map(|index| File::create(mount.at(&format!("f{index}"))).unwrap())
+        .collect();
+    for piece in data.chunks(1 << 20) {
+        for mut file in &files {
+            file.write_all(piece).unwrap();
+        }
+    }
+    assert!(mount.status()["spill"]["peak"].as_u64().unwrap() > 0);
+    for file in files {
+        assert_eq!(close(file), 0);
+    }
+    for index in 0..40 {
+        assert!(lab.stored(&format!("f{index}")).unwrap() == data);
+    }
+    assert_eq!(mount.status()["spill"]["used"], 0);
+}
+
+#[test]
+fn fsync_succeeds_and_does_not_publish() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(b"half").unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(lab.stored("f"), None);
+    file.write_all(b" and whole").unwrap();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.stored("f").unwrap(), b"half and whole");
+}
+
+#[test]
+fn a_killed_writer_holds_nothing_up() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let script = format!("exec dd if=/dev/zero of={} bs=1M", mount.at("f").display());
+    let mut child = Command::new("sh")
+        .args(["-c", &script])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("something to be written", || {
+        fs::metadata(mount.at("f")).is_ok_and(|metadata| metadata.len() > 0)
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::remove_file(mount.at("f")).unwrap();
+    assert!(mount.unmount().status.success());
+}
+
+#[test]
+fn the_descriptor_of_a_file_survives_its_replacement() {
+    let lab = Lab::new();
+    lab.put("f", b"old".as_slice());
+    let mount = lab.mount();
+    fs::write(mount.at(".f.tmp"), b"new").unwrap();
+    fs::rename(mount.at(".f.tmp"), mount.at("f")).unwrap();
+    assert_eq!(fs::read(mount.at("f")).unwrap(), b"new");
+    assert_eq!(lab.names(), ["f"]);
+    assert_eq!(errno(fs::metadata(mount.at(".f.tmp"))), libc::ENOENT);
+}
+
+#[test]
+fn descriptors_made_elsewhere_close_like_ours() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let path = std::ffi::CString::new(mount.at("f").to_str().unwrap()).unwrap();
+    // SAFETY: a valid C string; the descriptor is owned by the File at once.
+    let mut file = unsafe {
+        let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_EXCL;
+        File::from_raw_fd(libc::open(path.as_ptr(), flags, 0o600))
+    };
+    file.write_all(b"x").unwrap();
+    assert_eq!(close(file), 0);
+    let again = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(mount.at("f"));
+    assert_eq!(errno(again), libc::EEXIST);
+}
