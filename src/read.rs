@@ -31,9 +31,9 @@ use block::BlockCache;
 pub use block::Segments;
 pub use object::ObjectReader;
 
-/// Bytes of a block. The kernel's page requests are this long; a random read of 1 MiB fetches at
-/// most an eighth more than it returns.
-pub const BLOCK_SIZE: u64 = 128 * 1024;
+/// Bytes of a block. The kernel's requests are pages, not blocks: a random read fetches up to one
+/// block too many at each end, and this is small beside what the kernel's own readahead adds.
+pub const BLOCK_SIZE: u64 = 32 * 1024;
 
 /// Most object versions whose identity is remembered (a hundred bytes or so each).
 const IDENTITIES: NonZeroUsize = NonZeroUsize::new(65_536).unwrap();

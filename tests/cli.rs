@@ -25,11 +25,13 @@ fn each_wrong_use_is_one_clear_error_and_a_non_zero_exit() {
     fs::write(lab.folder().join("file"), b"").unwrap();
     let file = lab.folder().join("file");
     let file = file.to_str().unwrap();
-    let parent = lab.folder().to_str().unwrap();
+    let full = lab.empty_folder();
+    fs::write(full.join("something"), b"").unwrap();
+    let full = full.to_str().unwrap();
     let cases: &[(&[&str], &str)] = &[
         (&["/no/such/folder"], "there is no such directory"),
         (&[file], "not a directory"),
-        (&[parent], "not empty"),
+        (&[full], "not empty"),
         (&[at, "--memory", "lots"], "no size like 512MiB"),
         (&[at, "--memory", "1MiB"], "--memory"),
         (&[at, "--part-size", "1MiB"], "5MiB to 5GiB"),

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 use harness::{BUCKET, Lab, PREFIX, errno, noise};
-use mlfs_lab::s3::{Fault, Kind, Rule};
+use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
 
 const MIB: u64 = 1 << 20;
 
@@ -32,7 +32,11 @@ fn opening_fetches_nothing_and_reading_fetches_little_more_than_it_returns() {
 
 #[test]
 fn a_sequential_read_is_right_and_keeps_several_ranges_in_flight() {
-    let lab = Lab::new();
+    let first_byte = std::time::Duration::from_millis(20);
+    let lab = Lab::with(ServerOptions {
+        first_byte,
+        ..ServerOptions::default()
+    });
     let data = noise(100 << 20);
     lab.put("f", data.clone());
     let mount = lab.mount_with(&["--memory", "128MiB"]);
@@ -169,11 +173,12 @@ fn what_is_missing_or_forbidden_in_the_store_is_the_errno_a_program_expects() {
     let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
     assert!(mount.at("f").exists());
     let refused = Fault::Status(403, "AccessDenied".to_owned());
-    lab.s3.set_faults(1, vec![Rule::once(Kind::Get, refused)]);
+    lab.s3.set_faults(1, vec![Rule::every(Kind::Get, refused)]);
     let mut text = Vec::new();
     let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);
     assert_eq!(errno(read), libc::EACCES);
     assert!(lab.log_text().contains("AccessDenied"));
+    lab.s3.set_faults(1, Vec::new());
     lab.s3.delete(BUCKET, &format!("{PREFIX}/f"));
     let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);
     assert_eq!(errno(read), libc::ENOENT);

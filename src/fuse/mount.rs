@@ -1,7 +1,6 @@
 //! Mounting, tuning what the kernel lets tune, and unmounting.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -15,8 +14,6 @@ use crate::vfs::Vfs;
 
 /// Threads that take requests from the kernel.
 const THREADS: usize = 2;
-/// The kernel's readahead for this mount, KiB: one request of the largest size.
-const READ_AHEAD: u32 = 1024;
 
 #[derive(Clone, Debug)]
 pub struct FuseOptions {
@@ -67,7 +64,6 @@ pub fn mount(vfs: Arc<Vfs>, runtime: &Handle, options: &FuseOptions) -> io::Resu
         mountpoint: options.mountpoint.clone(),
         finished,
     };
-    raise_read_ahead(&mounted.mountpoint);
     Ok(mounted)
 }
 
@@ -83,24 +79,6 @@ impl Mounted {
             Ok(outcome) => outcome,
             Err(_) => Err(io::Error::other("the session panicked")),
         }
-    }
-}
-
-/// Raises the readahead of this mount alone, where that is permitted: requests of 1 MiB instead
-/// of 128 KiB halve the cost of a sequential read.
-fn raise_read_ahead(mountpoint: &Path) {
-    let Ok(metadata) = std::fs::metadata(mountpoint) else {
-        return;
-    };
-    let device = metadata.dev();
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    if major != 0 {
-        // Not a virtual filesystem's number: this is not the mount.
-        return;
-    }
-    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    if let Err(error) = std::fs::write(&path, READ_AHEAD.to_string()) {
-        tracing::debug!(path, %error, "the kernel's readahead stays as it is");
     }
 }
 

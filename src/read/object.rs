@@ -251,14 +251,16 @@ impl ObjectReader {
     /// and memory allow; never waits.
     fn run_ahead(self: &Arc<Self>, read: Range<u64>) {
         let mut state = self.state.lock();
-        let end = match &state.layout {
+        // The kernel reads whole pages: the first byte of a read may still be a neighbour's.
+        let bound = match &state.layout {
             Layout::Known(extents) => extents
-                .containing(read.start)
+                .containing(read.end - 1)
                 .map_or(self.size, |extent| extent.end),
             _ => self.size,
         };
         let maximum = self.maximum_window();
-        let ahead = state.pattern.note(read.clone(), maximum, end);
+        let ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
+        tracing::trace!(?read, ?ahead, bound, "pattern");
         if ahead.range.is_empty() {
             return;
         }
@@ -268,7 +270,7 @@ impl ObjectReader {
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);
-            if to - from < request && to < end {
+            if to - from < request && to < bound {
                 break;
             }
             if !self.prefetch(&mut state, from..to) {

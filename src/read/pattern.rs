@@ -16,8 +16,8 @@ const SLACK_AHEAD: u64 = 4 << 20;
 /// A read that starts this far behind a stream's front still belongs to it, bytes.
 const SLACK_BEHIND: u64 = 2 << 20;
 /// Nothing is fetched ahead before a stream has consumed more than this, bytes: a random read of
-/// up to this size arrives as several requests of the kernel's, and must not look like a stream.
-const QUIET: u64 = 1 << 20;
+/// a MiB arrives as several requests of the kernel's, and must not look like a stream.
+const QUIET: u64 = 3 << 19;
 /// A stream that began in the middle may end soon (a tensor, a member of an archive): until it has
 /// consumed this much, bytes, it runs ahead by a quarter of what it consumed.
 const CAUTIOUS: u64 = 16 << 20;
@@ -36,6 +36,11 @@ struct Stream {
     window: u64,
     /// Everything before this has been asked for ahead of time.
     asked: u64,
+    /// Nothing is fetched ahead beyond this: the end of the tensor the stream is in, until it has
+    /// shown that it goes on.
+    bound: u64,
+    /// Bytes read beyond the bound.
+    beyond: u64,
     touched: u64,
 }
 
@@ -68,16 +73,17 @@ pub(super) struct Pattern {
 }
 
 impl Pattern {
-    /// Notes that `read` was asked for and says what to fetch ahead of it, at most `maximum`
-    /// bytes beyond the read and not beyond `end`.
-    pub fn note(&mut self, read: Range<u64>, maximum: u64, end: u64) -> Ahead {
+    /// Notes that `read` was asked for and says what to fetch ahead of it: at most `maximum` bytes
+    /// beyond the read, not beyond `size`, and not beyond `bound`, where the thing that the read
+    /// begins in ends, before the stream has passed that by more than readahead would.
+    pub fn note(&mut self, read: Range<u64>, maximum: u64, bound: u64, size: u64) -> Ahead {
         self.clock += 1;
         let clock = self.clock;
         let found = self.streams.iter_mut().find(|stream| {
             read.start + SLACK_BEHIND >= stream.front && read.start <= stream.front + SLACK_AHEAD
         });
         let Some(stream) = found else {
-            self.begin(&read, clock);
+            self.begin(&read, clock, bound);
             return Ahead {
                 range: read.end..read.end,
                 window: 0,
@@ -87,9 +93,15 @@ impl Pattern {
         stream.consumed += length;
         stream.front = stream.front.max(read.end);
         stream.touched = clock;
+        if read.end > stream.bound && stream.bound < size {
+            stream.beyond += read.end - read.start.max(stream.bound);
+            if stream.beyond > QUIET {
+                stream.bound = size;
+            }
+        }
         stream.window = stream.window.max(stream.deserved()).min(maximum);
         let from = stream.asked.max(stream.front);
-        let to = stream.front.saturating_add(stream.window).min(end);
+        let to = stream.front.saturating_add(stream.window).min(stream.bound);
         Ahead {
             range: from.min(to)..to,
             window: stream.window,
@@ -106,13 +118,15 @@ impl Pattern {
         }
     }
 
-    fn begin(&mut self, read: &Range<u64>, clock: u64) {
+    fn begin(&mut self, read: &Range<u64>, clock: u64, bound: u64) {
         let stream = Stream {
             from_start: read.start == 0,
             front: read.end,
             consumed: read.end - read.start,
             window: 0,
             asked: read.end,
+            bound: bound.max(read.end),
+            beyond: 0,
             touched: clock,
         };
         if self.streams.len() < STREAMS {
@@ -137,7 +151,12 @@ mod tests {
         let mut pattern = Pattern::default();
         for place in [0, 500, 3, 900, 77] {
             let at = place * 100 * MIB;
-            assert!(pattern.note(at..at + MIB, 64 * MIB, END).range.is_empty());
+            assert!(
+                pattern
+                    .note(at..at + MIB, 64 * MIB, END, END)
+                    .range
+                    .is_empty()
+            );
         }
     }
 
@@ -148,7 +167,7 @@ mod tests {
         for index in 0..400 {
             windows.push(
                 pattern
-                    .note(index * MIB..(index + 1) * MIB, 64 * MIB, END)
+                    .note(index * MIB..(index + 1) * MIB, 64 * MIB, END, END)
                     .window,
             );
         }
@@ -164,19 +183,25 @@ mod tests {
         for place in [700, 20, 510] {
             for piece in 0..8 {
                 let at = place * MIB + piece * MIB / 8;
-                let ahead = pattern.note(at..at + MIB / 8, 64 * MIB, END);
+                let ahead = pattern.note(at..at + MIB / 8, 64 * MIB, END, END);
                 assert!(ahead.range.is_empty());
             }
         }
     }
 
     #[test]
-    fn a_window_never_passes_the_end_it_is_given() {
+    fn a_window_stays_inside_its_tensor_until_the_reader_has_left_it() {
         let mut pattern = Pattern::default();
-        for index in 0..32 {
-            let ahead = pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, 32 * MIB);
-            assert!(ahead.range.end <= 32 * MIB);
+        for index in 0..33 {
+            let ahead = pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, 32 * MIB, END);
+            assert!(ahead.range.is_empty() || ahead.range.end <= 32 * MIB);
         }
+        // It reads on: the next tensor is not the last one either.
+        for index in 33..36 {
+            pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, 40 * MIB, END);
+        }
+        let ahead = pattern.note(36 * MIB..37 * MIB, 64 * MIB, 40 * MIB, END);
+        assert!(ahead.range.end > 40 * MIB);
     }
 
     #[test]
@@ -187,7 +212,7 @@ mod tests {
         for mebibyte in 0..64 {
             for part in (0..8).rev() {
                 let at = mebibyte * MIB + part * step;
-                window = pattern.note(at..at + step, 64 * MIB, END).window;
+                window = pattern.note(at..at + step, 64 * MIB, END, END).window;
             }
         }
         assert!(window >= 16 * MIB);
@@ -198,8 +223,8 @@ mod tests {
         let mut pattern = Pattern::default();
         for index in 0..8 {
             let far = 1000 * MIB + index * MIB;
-            pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, END);
-            pattern.note(far..far + MIB, 64 * MIB, END);
+            pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, END, END);
+            pattern.note(far..far + MIB, 64 * MIB, END, END);
         }
         assert_eq!(pattern.streams.len(), 2);
         assert!(pattern.streams.iter().all(|stream| stream.window > 0));
