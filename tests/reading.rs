@@ -27,7 +27,8 @@ fn opening_fetches_nothing_and_reading_fetches_little_more_than_it_returns() {
         file.read_exact_at(&mut buffer, offset).unwrap();
     }
     let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
-    assert!(fetched <= 50 * MIB * 5 / 4, "{fetched}");
+    // The kernel itself reads up to 256 KiB beyond each of them.
+    assert!(fetched <= 50 * MIB * 13 / 10, "{fetched}");
 }
 
 #[test]

@@ -15,8 +15,8 @@ pub(super) fn mounted(path: &Path) -> anyhow::Result<Option<String>> {
     let found = table
         .lines()
         .filter_map(parse)
-        .filter(|(at, _)| *at == path)
-        .last();
+        // The mount made last hides the ones below it.
+        .rfind(|(at, _)| *at == path);
     Ok(found.map(|(_, kind)| kind))
 }
 

@@ -150,6 +150,23 @@ impl BlockCache {
     }
 }
 
+impl BlockCache {
+    /// Lets go of blocks nobody will ask for soon.
+    pub fn remove(&self, content: u64, blocks: Range<u64>) {
+        let mut removed = Vec::new();
+        {
+            let mut cached = self.cached.lock();
+            for index in blocks {
+                if let Some(block) = cached.index.pop(&(content, index)) {
+                    cached.bytes -= block.length;
+                    removed.push(block);
+                }
+            }
+        }
+        drop(removed);
+    }
+}
+
 impl Reclaim for BlockCache {
     fn reclaim(&self, bytes: u64) -> u64 {
         let mut evicted = Vec::new();

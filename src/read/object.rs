@@ -261,6 +261,8 @@ impl ObjectReader {
         let maximum = self.maximum_window();
         let ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
         tracing::trace!(?read, ?ahead, bound, "pattern");
+        let behind = ahead.behind.start.div_ceil(BLOCK_SIZE)..ahead.behind.end / BLOCK_SIZE;
+        self.reader.cache.remove(self.content, behind);
         if ahead.range.is_empty() {
             return;
         }

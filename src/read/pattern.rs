@@ -21,6 +21,9 @@ const QUIET: u64 = 3 << 19;
 /// A stream that began in the middle may end soon (a tensor, a member of an archive): until it has
 /// consumed this much, bytes, it runs ahead by a quarter of what it consumed.
 const CAUTIOUS: u64 = 16 << 20;
+/// What a long stream has read is kept this far behind its front, bytes: other readers may follow
+/// closely, and readahead comes out of order.
+const KEPT_BEHIND: u64 = 8 << 20;
 /// A stream that began at the first byte is most likely a whole-file read: it runs ahead by this
 /// many times what it consumed.
 const EAGER: u64 = 4;
@@ -41,6 +44,8 @@ struct Stream {
     bound: u64,
     /// Bytes read beyond the bound.
     beyond: u64,
+    /// Everything before this has been let go of.
+    kept: u64,
     touched: u64,
 }
 
@@ -63,6 +68,10 @@ pub(super) struct Ahead {
     pub range: Range<u64>,
     /// The stream's whole window, bytes: how large the requests may be.
     pub window: u64,
+    /// Bytes the stream has left behind for good; may be empty. The kernel keeps their pages while
+    /// it has room. Keeping them here too would make the daemon touch new memory all the time,
+    /// which costs more than the network: a read of 4 GiB took 2.4 times as long.
+    pub behind: Range<u64>,
 }
 
 /// The streams of one object.
@@ -87,6 +96,7 @@ impl Pattern {
             return Ahead {
                 range: read.end..read.end,
                 window: 0,
+                behind: read.start..read.start,
             };
         };
         let length = read.end - read.start;
@@ -102,9 +112,15 @@ impl Pattern {
         stream.window = stream.window.max(stream.deserved()).min(maximum);
         let from = stream.asked.max(stream.front);
         let to = stream.front.saturating_add(stream.window).min(stream.bound);
+        let mut behind = stream.kept..stream.kept;
+        if stream.consumed > CAUTIOUS {
+            behind.end = behind.end.max(stream.front.saturating_sub(KEPT_BEHIND));
+            stream.kept = behind.end;
+        }
         Ahead {
             range: from.min(to)..to,
             window: stream.window,
+            behind,
         }
     }
 
@@ -127,6 +143,7 @@ impl Pattern {
             asked: read.end,
             bound: bound.max(read.end),
             beyond: 0,
+            kept: read.start,
             touched: clock,
         };
         if self.streams.len() < STREAMS {

@@ -181,22 +181,31 @@ fn credentials_file(home: Option<&Path>) -> Result<(Option<String>, Option<Strin
     if !path.exists() {
         return Ok((None, None));
     }
-    let file = ini::Ini::load_from_file(&path).map_err(|error| {
-        let path = path.display();
+    let text = std::fs::read_to_string(&path).map_err(|error| {
         SettingError(format!(
-            "{path}: not readable as an INI file ({error}); mend or remove it"
+            "{}: {error}; make it readable or remove it",
+            path.display()
         ))
     })?;
-    let section = file.section(Some("mlflow"));
-    let get = |key: &str| {
-        section
-            .and_then(|section| section.get(key))
-            .map(str::to_owned)
-    };
+    let get = |key: &str| value_in_section(&text, "[mlflow]", key);
     Ok((
         get("mlflow_tracking_username"),
         get("mlflow_tracking_password"),
     ))
+}
+
+/// The value of `key` in one section of an INI file. (Two keys of one section do not earn a
+/// library with six dependencies.)
+fn value_in_section(text: &str, section: &str, key: &str) -> Option<String> {
+    let lines = text.lines().map(str::trim);
+    lines
+        .skip_while(|line| *line != section)
+        .skip(1)
+        .take_while(|line| !line.starts_with('['))
+        .filter(|line| !line.starts_with(['#', ';']))
+        .filter_map(|line| line.split_once(['=', ':']))
+        .find(|(name, _)| name.trim() == key)
+        .map(|(_, value)| value.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -162,10 +162,9 @@ impl Vfs {
             if known != Lookup::Unknown {
                 return Ok(known);
             }
-            if !place.directory.names.lock().is_large(ttl) {
-                if let Some(found) = self.ask_page(place, name).await? {
-                    return Ok(found);
-                }
+            let large = place.directory.names.lock().is_large(ttl);
+            if !large && let Some(found) = self.ask_page(place, name).await? {
+                return Ok(found);
             }
         }
         self.ask_point(place, name).await

@@ -1,6 +1,5 @@
 //! Bodies: read frame by frame, with or without S3's chunks; sent paced, broken off, or whole.
 
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -119,11 +118,12 @@ pub(super) async fn incoming(
     Ok(frames)
 }
 
+/// A header that comes after the body: name and value.
+pub(super) type Trailer = (String, String);
+
 /// Takes `aws-chunked` framing off: `size;extensions CRLF data CRLF … 0 CRLF trailers`. Returns
 /// the data and the trailers.
-pub(super) fn unchunk(
-    frames: Vec<Bytes>,
-) -> Result<(Vec<Bytes>, Vec<(String, String)>), Infallible> {
+pub(super) fn unchunk(frames: Vec<Bytes>) -> (Vec<Bytes>, Vec<Trailer>) {
     let mut reader = Reader {
         frames: frames.into_iter(),
         current: Bytes::new(),
@@ -152,7 +152,7 @@ pub(super) fn unchunk(
             trailers.push((name.trim().to_lowercase(), value.trim().to_owned()));
         }
     }
-    Ok((data, trailers))
+    (data, trailers)
 }
 
 struct Reader {

@@ -29,6 +29,9 @@ pub(super) struct Answer {
 
 type Outcome = Result<Answer, Failure>;
 
+/// A checksum header, to be echoed.
+type Checksum = (&'static str, String);
+
 /// An S3 error.
 #[derive(Debug)]
 pub(super) struct Failure(pub u16, pub String);
@@ -298,7 +301,7 @@ impl Operations {
         &self,
         asked: &Asked,
         body: Vec<Bytes>,
-    ) -> Result<(Vec<Bytes>, Option<(&'static str, String)>), Failure> {
+    ) -> Result<(Vec<Bytes>, Option<Checksum>), Failure> {
         let chunked = asked
             .header("x-amz-content-sha256")
             .is_some_and(|it| it.contains("STREAMING"))
@@ -306,10 +309,7 @@ impl Operations {
                 .header("content-encoding")
                 .is_some_and(|it| it.contains("aws-chunked"));
         let (data, trailers) = if chunked {
-            match unchunk(body) {
-                Ok(unchunked) => unchunked,
-                Err(never) => match never {},
-            }
+            unchunk(body)
         } else {
             (body, Vec::new())
         };
