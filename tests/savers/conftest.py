@@ -1,5 +1,6 @@
 """A real mount of a real MLflow server and a real S3 server, both started by scripts/test."""
 
+import gc
 import hashlib
 import os
 import pathlib
@@ -34,6 +35,8 @@ class Mount:
 
     def cold(self):
         """Mounts anew, with nothing cached by anybody."""
+        # A mapping that a test left to the collector would keep the mount busy.
+        gc.collect()
         self.stop()
         self.start()
 

@@ -78,6 +78,8 @@ def test_save_pretrained_in_shards(saved):
     for index in range(4):
         start = 404 + index * MIB4
         assert maps[1][start:start + MIB4] == blob(MIB4, 1 + index)
+    for mapped in maps:
+        mapped.close()
 
 
 def test_large_memcpy_faults_backwards(saved):
@@ -89,6 +91,7 @@ def test_large_memcpy_faults_backwards(saved):
                        prot=mmap.PROT_READ | mmap.PROT_WRITE)
     target = ctypes.create_string_buffer(len(data))
     ctypes.memmove(target, (ctypes.c_char * len(data)).from_buffer(mapped), len(data))
+    os.close(descriptor)
     assert target.raw == data
 
 
