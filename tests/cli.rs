@@ -179,6 +179,31 @@ fn a_termination_stores_what_is_left_and_unmounts() {
 }
 
 #[test]
+fn a_termination_keeps_the_bytes_of_what_it_cannot_store() {
+    let lab = Lab::new();
+    let path = lab.empty_folder();
+    let mut child = lab
+        .program()
+        .arg("mount")
+        .arg("--foreground")
+        .arg(&path)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_until("the mount", || path.join(".mlfs/status").exists());
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    lab.s3.set_faults(1, vec![Rule::every(Kind::Put, refused)]);
+    let _ = fs::write(path.join(RUN).join("f"), b"precious");
+    // SAFETY: the process is a child of ours that has not been waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let kept = lab
+        .folder()
+        .join(format!(".cache/mlfs/spill/unsent-{}/{RUN}/f", child.id()));
+    assert_eq!(fs::read(kept).unwrap(), b"precious");
+}
+
+#[test]
 fn a_dead_mount_is_recognised_and_removed() {
     let lab = Lab::new();
     let mount = lab.mount();

@@ -70,7 +70,8 @@ pub(super) fn serve(config: &Config) -> anyhow::Result<()> {
         Err(error) if !told => {
             let message = format!("{error:#}");
             tracing::error!("{message}");
-            tell(&message)
+            tell(&message)?;
+            Err(error)
         }
         outcome => outcome,
     }

@@ -1,5 +1,6 @@
 //! A running mount, from the first request to the tracking server to the last byte stored.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,10 +38,7 @@ pub(super) fn run(
     ready: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     telemetry::start(config.log_level, config.log_file.as_deref()).with_context(|| {
-        let file = config
-            .log_file
-            .as_deref()
-            .unwrap_or(std::path::Path::new("stderr"));
+        let file = config.log_file.as_deref().unwrap_or(Path::new("stderr"));
         format!("log {}", file.display())
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -59,7 +57,7 @@ pub(super) fn run(
     tracing::info!(mountpoint = %config.mountpoint.display(), memory = config.memory,
         spill = %config.spill_dir.display(), "mounted");
     ready()?;
-    serve(&runtime, &vfs, mounted)
+    serve(&runtime, &vfs, mounted, &config.spill_dir)
 }
 
 /// Builds the rooms, from right to left.
@@ -109,7 +107,12 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     Ok(Vfs::new(catalog, stores, reader, writer, runtime, options))
 }
 
-fn serve(runtime: &Runtime, vfs: &Arc<Vfs>, mut mounted: Mounted) -> anyhow::Result<()> {
+fn serve(
+    runtime: &Runtime,
+    vfs: &Arc<Vfs>,
+    mut mounted: Mounted,
+    spill_dir: &Path,
+) -> anyhow::Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
@@ -134,7 +137,7 @@ fn serve(runtime: &Runtime, vfs: &Arc<Vfs>, mut mounted: Mounted) -> anyhow::Res
                 let _ = mounted.unmount(true);
             }
         }
-        report(&vfs.pending())
+        keep_rest(vfs, spill_dir).await
     })
 }
 
@@ -168,16 +171,26 @@ async fn store_closed(vfs: &Arc<Vfs>) {
     }
 }
 
-fn report(pending: &[PendingFile]) -> anyhow::Result<()> {
+/// Keeps what could not be stored, and names it.
+async fn keep_rest(vfs: &Arc<Vfs>, spill_dir: &Path) -> anyhow::Result<()> {
+    let pending = vfs.pending();
     if pending.is_empty() {
         return Ok(());
     }
-    for file in pending {
-        let reason = file.reason.as_deref().unwrap_or("none told");
+    for file in &pending {
+        let reason = file.reason.as_deref().unwrap_or("there was no time");
         tracing::error!(path = file.path, size = file.size, reason, "not stored");
     }
+    let folder = spill_dir.join(format!("unsent-{}", std::process::id()));
+    for (path, outcome) in vfs.keep_pending(&folder).await {
+        match outcome {
+            Ok(kept) => tracing::error!(path, kept = %kept.display(), "its bytes are kept"),
+            Err(error) => tracing::error!(path, error = format!("{error:#}"), "not kept whole"),
+        }
+    }
     bail!(
-        "{} files could not be stored; the log names them",
-        pending.len()
+        "{} files could not be stored; their bytes are kept in {}",
+        pending.len(),
+        folder.display()
     )
 }

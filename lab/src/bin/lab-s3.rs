@@ -31,6 +31,10 @@ struct Arguments {
     #[arg(long)]
     discard_bodies: bool,
 
+    /// Take requests without credentials too
+    #[arg(long)]
+    open: bool,
+
     /// Runs of the tracking server beside it, each as RUN_ID=ARTIFACT_URI
     #[arg(long = "run", value_name = "RUN_ID=URI")]
     runs: Vec<String>,
@@ -44,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         first_byte: Duration::from_millis(arguments.first_byte),
         connection_rate: (arguments.connection_rate > 0).then_some(arguments.connection_rate),
         discard_bodies: arguments.discard_bodies,
+        verify_auth: !arguments.open,
         ..ServerOptions::default()
     })?;
     let tracking = TrackingServer::start(SocketAddr::from(([127, 0, 0, 1], 0)))?;
