@@ -14,6 +14,8 @@ use crate::vfs::{PendingFile, Status};
 
 /// How often the mount is asked.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often what failed is asked to be tried again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// How often progress is printed where there is no terminal.
 const SAY: Duration = Duration::from_secs(5);
 
@@ -48,6 +50,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 fn wait_until_stored(path: &Path, expired: impl Fn() -> bool) -> anyhow::Result<Status> {
     let mut progress = Progress::new();
     mounts::drain(path).with_context(|| format!("asking {} to finish", path.display()))?;
+    let mut asked = Instant::now();
     loop {
         let status = mounts::ask(path)?;
         if status.pending.is_empty() {
@@ -66,6 +69,11 @@ fn wait_until_stored(path: &Path, expired: impl Fn() -> bool) -> anyhow::Result<
             );
         }
         progress.say(&status.pending);
+        if asked.elapsed() > ASK_AGAIN {
+            // What failed may succeed by now.
+            mounts::drain(path).with_context(|| format!("asking {} to finish", path.display()))?;
+            asked = Instant::now();
+        }
         std::thread::sleep(LOOK);
     }
 }

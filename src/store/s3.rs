@@ -241,8 +241,19 @@ impl S3Store {
         false
     }
 
-    /// Whether a completion that failed has taken place all the same: asks the store.
-    async fn completed_anyway(&self, key: &str, parts: &[PartReceipt], since: SystemTime) -> bool {
+    /// Whether a completion that failed has taken place all the same. The upload must be gone
+    /// (nobody else ends it), and the object must be one of these parts, just made.
+    async fn completed_anyway(
+        &self,
+        key: &str,
+        upload_id: &str,
+        parts: &[PartReceipt],
+        since: SystemTime,
+    ) -> bool {
+        let gone = self.list_parts(key, upload_id).await;
+        if !matches!(gone, Err(StoreError::UploadGone { .. })) {
+            return false;
+        }
         let Ok(meta) = self.head(key).await else {
             return false;
         };
@@ -583,7 +594,7 @@ impl Store for S3Store {
             Err(error) => {
                 let doubtful = is_doubtful(&error);
                 let error = as_conflict(translate(self.object(key), error), &condition);
-                if doubtful && self.completed_anyway(key, parts, since).await {
+                if doubtful && self.completed_anyway(key, upload_id, parts, since).await {
                     tracing::info!(object = self.object(key), %error,
                         "the completion was answered with an error, but has taken place");
                     return self.verify(key, size, None).await;

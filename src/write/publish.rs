@@ -367,9 +367,31 @@ impl Draft {
                     .is_none_or(|chunk| chunk.is_sent(length))
             };
             if !sent {
-                self.writer.spill_chunk(self, index, true).await?;
+                self.synchronise_chunk(index).await?;
             }
         }
+        Ok(())
+    }
+}
+
+impl Draft {
+    /// Makes one chunk durable, as it is now; a write that comes between makes it try again.
+    async fn synchronise_chunk(self: &Arc<Self>, index: u32) -> Result<(), WriteError> {
+        for _ in 0..ATTEMPTS {
+            if !self.writer.spill_chunk(self, index, true).await? {
+                let object = self.target().object();
+                return Err(WriteError::NoRoom { object });
+            }
+            let in_memory = {
+                let state = self.state.lock();
+                let chunk = state.chunks.get(&index);
+                chunk.is_some_and(|chunk| matches!(chunk.data, Data::Memory(_)))
+            };
+            if !in_memory {
+                return Ok(());
+            }
+        }
+        // Somebody writes to it all the time: what was there when this began is on disk.
         Ok(())
     }
 }
