@@ -2,29 +2,39 @@
 //!
 //! The catalog is what the root of the mount is made of. It knows MLflow's runs and the stores
 //! their artifacts lie in; it knows nothing of inodes or of what is inside an artifact root.
+//!
+//! An answer of the tracking server, "no such run" included, is believed for the TTL. Callers who
+//! ask for one run at the same time share one request. A run whose TTL has passed goes on counting
+//! while the server is away or slow ([`GRACE`], [`PATIENCE`]), so that work in it goes on too.
 
+mod cache;
 mod listing;
+mod outage;
 
-use std::num::NonZeroUsize;
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use lru::LruCache;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::store::{Location, StoreError, StoreResult, Stores};
-use crate::tracking::{Lifecycle, Run, Tracking, TrackingError};
+use crate::tracking::{Lifecycle, Tracking, TrackingError, TrackingResult};
+use cache::{Answer, Cache, KnownRun};
+use outage::Outage;
 
 pub use listing::RunListing;
 
-/// Runs remembered at most (some hundred bytes each).
-const REMEMBERED: NonZeroUsize = NonZeroUsize::new(100_000).unwrap();
-/// How long what was known goes on counting when the server does not answer.
+/// How long past its TTL a run that was known goes on counting when the server does not answer.
 const GRACE: Duration = Duration::from_secs(3600);
+/// Who asks for a run that was known waits this long for the server before the old answer counts;
+/// the request goes on behind the scenes.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A run's artifact root, opened.
 #[derive(Clone, Debug)]
@@ -72,12 +82,8 @@ impl Locate for Stores {
     }
 }
 
-/// A run that is known, or known not to be.
-#[derive(Clone, Debug)]
-struct Known {
-    run: Option<Arc<Run>>,
-    at: Instant,
-}
+/// A request under way, and its answer for all who wait.
+type Flight = Shared<BoxFuture<'static, TrackingResult<Answer>>>;
 
 /// Resolves and lists runs.
 #[derive(Debug)]
@@ -85,121 +91,155 @@ pub struct Catalog {
     tracking: Arc<dyn Tracking>,
     stores: Arc<dyn Locate>,
     ttl: Duration,
-    known: Mutex<LruCache<String, Known>>,
+    cache: Cache,
     /// One request at a time for each run that is asked for.
-    asking: Mutex<std::collections::HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// The server did not answer last time; said once.
-    down: AtomicBool,
+    flights: Mutex<HashMap<String, Flight>>,
+    outage: Outage,
 }
 
 impl Catalog {
-    /// A catalog that believes what it was told for `ttl`.
+    /// A catalog that believes what it was told for `ttl`: zero for never, `Duration::MAX` for
+    /// ever.
     pub fn new(tracking: Arc<dyn Tracking>, stores: Arc<dyn Locate>, ttl: Duration) -> Arc<Self> {
         Arc::new(Self {
             tracking,
             stores,
             ttl,
-            known: Mutex::new(LruCache::new(REMEMBERED)),
-            asking: Mutex::default(),
-            down: AtomicBool::new(false),
+            cache: Cache::new(),
+            flights: Mutex::default(),
+            outage: Outage::default(),
         })
     }
 
-    /// Any run the server knows and has not deleted, listed or not. Its store is not opened.
-    pub async fn run_entry(&self, run_id: &str) -> Result<RunEntry, CatalogError> {
-        Ok(entry(&*self.resolve(run_id).await?))
+    /// Any run the server knows and has not deleted, listed or not. Its store is not opened, so
+    /// a run in a store that cannot be served is found too.
+    ///
+    /// # Errors
+    /// `NotFound` for runs that do not exist or are deleted; the server's other failures.
+    pub async fn run_entry(self: &Arc<Self>, run_id: &str) -> Result<RunEntry, CatalogError> {
+        Ok(self.resolve(run_id).await?.entry(run_id))
     }
 
-    /// The artifact root of a run. Concurrent callers share one request.
-    pub async fn run(&self, run_id: &str) -> Result<ArtifactRoot, CatalogError> {
+    /// What is known of a run within the TTL, without asking anybody. `None` says nothing.
+    pub fn known_run(&self, run_id: &str) -> Option<RunEntry> {
+        let known = self.cache.get(run_id)?;
+        let run = known.is_younger_than(self.ttl).then_some(known.answer)??;
+        Some(run.entry(run_id))
+    }
+
+    /// The artifact root of a run. No request is sent to its store.
+    ///
+    /// # Errors
+    /// As [`Self::run_entry`], and those of opening the store: `Unsupported` for a scheme that no
+    /// store serves.
+    pub async fn run(self: &Arc<Self>, run_id: &str) -> Result<ArtifactRoot, CatalogError> {
         let run = self.resolve(run_id).await?;
         let location = self.stores.locate(&run.artifact_uri).await?;
         Ok(ArtifactRoot {
-            run_id: run.run_id.clone(),
+            run_id: run_id.to_owned(),
             location,
         })
     }
 
-    /// Begins a listing of the active runs of all active experiments.
+    /// Begins a listing of the active runs of all active experiments; asks for nothing yet.
     pub fn list_runs(self: &Arc<Self>) -> RunListing {
         RunListing::new(Arc::clone(self))
     }
 
-    fn recall(&self, run_id: &str, longest: Duration) -> Option<Known> {
-        let mut known = self.known.lock();
-        known
-            .get(run_id)
-            .filter(|known| known.at.elapsed() < longest)
-            .cloned()
-    }
-
-    fn remember(&self, run_id: &str, run: Option<Arc<Run>>, at: Instant) {
-        self.known.lock().put(run_id.to_owned(), Known { run, at });
-    }
-
-    async fn resolve(&self, run_id: &str) -> Result<Arc<Run>, CatalogError> {
-        if let Some(known) = self.recall(run_id, self.ttl) {
-            return known.run.ok_or_else(|| self.missing(run_id));
+    async fn resolve(self: &Arc<Self>, run_id: &str) -> Result<Arc<KnownRun>, CatalogError> {
+        let known = self.cache.get(run_id);
+        if let Some(known) = &known
+            && known.is_younger_than(self.ttl)
+        {
+            let answer = known.answer.clone();
+            return answer.ok_or_else(|| self.missing(run_id));
         }
-        let began = Instant::now();
-        let gate = Arc::clone(self.asking.lock().entry(run_id.to_owned()).or_default());
-        let answer = {
-            let _gate = gate.lock().await;
-            // Somebody may have asked while we waited, after we did.
-            let fresh = self
-                .recall(run_id, Duration::MAX)
-                .filter(|known| known.at >= began);
-            match fresh {
-                Some(known) => known.run.ok_or_else(|| self.missing(run_id)),
-                None => self.ask(run_id).await,
-            }
+        let longest = self.ttl.saturating_add(GRACE);
+        let stale = known
+            .filter(|known| known.is_younger_than(longest))
+            .and_then(|known| known.answer);
+        let answer = match stale {
+            Some(stale) => self.refresh(run_id, stale).await?,
+            None => self.ask(run_id).await?,
         };
-        let mut asking = self.asking.lock();
-        if Arc::strong_count(&gate) <= 2 {
-            asking.remove(run_id);
+        answer.ok_or_else(|| self.missing(run_id))
+    }
+
+    /// Asks for a run that was known; if the server is away or slow, what was known counts.
+    async fn refresh(
+        self: &Arc<Self>,
+        run_id: &str,
+        stale: Arc<KnownRun>,
+    ) -> TrackingResult<Answer> {
+        if self.outage.is_known() {
+            if self.outage.is_time_to_ask() {
+                // It runs by itself; nobody waits for it.
+                drop(self.ask(run_id));
+            }
+            return Ok(Some(stale));
+        }
+        match timeout(PATIENCE, self.ask(run_id)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(
+                error @ (TrackingError::Unavailable { .. } | TrackingError::Protocol { .. }),
+            )) => {
+                // A server that once knew this run and now talks nonsense is away too: something
+                // else answers in its place.
+                self.outage.note_down(&error);
+                Ok(Some(stale))
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => {
+                // The next callers need not find that out each for themselves.
+                self.outage.note_down(&TrackingError::Unavailable {
+                    server: self.tracking.name().to_owned(),
+                    detail: format!("no answer for {} s", PATIENCE.as_secs()),
+                });
+                Ok(Some(stale))
+            }
+        }
+    }
+
+    /// Joins the request for a run that is under way, or starts one. It runs as a task of its
+    /// own, and ends whether or not anybody waits.
+    fn ask(self: &Arc<Self>, run_id: &str) -> Flight {
+        let flight = {
+            let mut flights = self.flights.lock();
+            if let Some(flight) = flights.get(run_id) {
+                return flight.clone();
+            }
+            let landing = Landing {
+                catalog: Arc::clone(self),
+                run_id: run_id.to_owned(),
+            };
+            let flight = landing.fly().boxed().shared();
+            flights.insert(run_id.to_owned(), flight.clone());
+            flight
+        };
+        tokio::spawn(flight.clone());
+        flight
+    }
+
+    async fn fetch(&self, run_id: &str) -> TrackingResult<Answer> {
+        let asked = Instant::now();
+        let answer = match self.noted(self.tracking.run(run_id).await) {
+            Ok(run) => (run.lifecycle == Lifecycle::Active).then(|| Arc::new(KnownRun::new(&run))),
+            Err(TrackingError::NotFound { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        self.cache.put(run_id, answer.clone(), asked);
+        Ok(answer)
+    }
+
+    /// Passes an answer on, and notes what it tells of the server.
+    fn noted<T>(&self, answer: TrackingResult<T>) -> TrackingResult<T> {
+        match &answer {
+            Err(error @ TrackingError::Unavailable { .. }) => self.outage.note_down(error),
+            // Whether this was the server is not clear.
+            Err(TrackingError::Protocol { .. }) => {}
+            Ok(_) | Err(_) => self.outage.note_up(self.tracking.name()),
         }
         answer
-    }
-
-    async fn ask(&self, run_id: &str) -> Result<Arc<Run>, CatalogError> {
-        let answer = self.tracking.run(run_id).await;
-        let answered = Instant::now();
-        match answer {
-            Ok(run) => {
-                self.note_up();
-                let run = (run.lifecycle == Lifecycle::Active).then(|| Arc::new(run));
-                self.remember(run_id, run.clone(), answered);
-                run.ok_or_else(|| self.missing(run_id))
-            }
-            Err(error @ TrackingError::NotFound { .. }) => {
-                self.note_up();
-                self.remember(run_id, None, answered);
-                Err(error.into())
-            }
-            Err(error @ TrackingError::Unavailable { .. }) => {
-                self.note_down(&error);
-                let stale = self.recall(run_id, self.ttl.saturating_add(GRACE));
-                stale
-                    .and_then(|known| known.run)
-                    .ok_or_else(|| error.into())
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn note_up(&self) {
-        if self.down.swap(false, Ordering::Relaxed) {
-            tracing::info!(
-                server = self.tracking.name(),
-                "the tracking server answers again"
-            );
-        }
-    }
-
-    fn note_down(&self, error: &TrackingError) {
-        if !self.down.swap(true, Ordering::Relaxed) {
-            tracing::warn!(%error, "the tracking server does not answer; known runs go on");
-        }
     }
 
     fn missing(&self, run_id: &str) -> CatalogError {
@@ -212,12 +252,30 @@ impl Catalog {
     }
 }
 
-fn entry(run: &Run) -> RunEntry {
-    let created = run.start_time.unwrap_or(SystemTime::UNIX_EPOCH);
-    RunEntry {
-        run_id: run.run_id.clone(),
-        created,
-        modified: run.end_time.unwrap_or(created),
+/// Ends a flight, however it ends: the next caller starts a new one.
+struct Landing {
+    catalog: Arc<Catalog>,
+    run_id: String,
+}
+
+impl Landing {
+    async fn fly(self) -> TrackingResult<Answer> {
+        // A panic would stay in the shared future, and meet all who ask for this run from then on.
+        let fetch = AssertUnwindSafe(self.catalog.fetch(&self.run_id));
+        fetch.catch_unwind().await.unwrap_or_else(|_| {
+            Err(TrackingError::Unavailable {
+                server: self.catalog.tracking.name().to_owned(),
+                detail: "asking for a run panicked; this is a bug in mlfs".to_owned(),
+            })
+        })
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        // The flight may be dropped here, which must not happen under the lock.
+        let flight = self.catalog.flights.lock().remove(&self.run_id);
+        drop(flight);
     }
 }
 

@@ -1,15 +1,23 @@
 //! MLflow's metadata: what runs there are, and where their artifacts lie.
 
+mod authentication;
+mod credentials_file;
 mod error;
+mod failure;
 pub mod rest;
 pub mod settings;
+mod sigv4;
+mod transport;
+mod wire;
 
 use std::fmt;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
 
+pub use authentication::Authentication;
 pub use error::{TrackingError, TrackingResult};
+pub use settings::TrackingSettings;
 
 /// MLflow's lifecycle of a run: deleted ones are not shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

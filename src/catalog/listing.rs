@@ -5,27 +5,54 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{Catalog, CatalogError, RunEntry, entry};
+use super::cache::KnownRun;
+use super::{Catalog, CatalogError, RunEntry};
+use crate::tracking::{Page, Run, TrackingError};
 
 /// Experiments searched by one request: their ids travel in its body.
 const EXPERIMENTS_PER_SEARCH: usize = 100;
 
-/// A listing under way. Pages may shift on the server while they are read; no run shows twice.
+/// A listing under way; it holds all state, the server none. Pages may shift on the server while
+/// they are read; no run shows twice.
+///
+/// After an error, the next call goes on where this one failed.
 #[derive(Debug)]
 pub struct RunListing {
     catalog: Arc<Catalog>,
     /// Experiments not searched yet, and where to ask for more.
     experiments: Vec<String>,
-    more_experiments: More,
-    searching: Option<(Vec<String>, Option<String>)>,
-    seen: HashSet<String>,
+    more_experiments: Next,
+    searching: Option<Search>,
+    seen_experiments: HashSet<String>,
+    /// Grows with what was listed, as the listing does for whoever reads it; gone at its end.
+    seen_runs: HashSet<Box<str>>,
+}
+
+/// Where the next page begins.
+#[derive(Debug)]
+enum Next {
+    First,
+    From(String),
+    End,
 }
 
 #[derive(Debug)]
-enum More {
-    First,
-    From(String),
-    None,
+struct Search {
+    experiments: Vec<String>,
+    next: Next,
+}
+
+impl Next {
+    fn token(&self) -> Option<&str> {
+        match self {
+            Self::From(token) => Some(token),
+            Self::First | Self::End => None,
+        }
+    }
+
+    fn is_end(&self) -> bool {
+        matches!(self, Self::End)
+    }
 }
 
 impl RunListing {
@@ -33,47 +60,93 @@ impl RunListing {
         Self {
             catalog,
             experiments: Vec::new(),
-            more_experiments: More::First,
+            more_experiments: Next::First,
             searching: None,
-            seen: HashSet::new(),
+            seen_experiments: HashSet::new(),
+            seen_runs: HashSet::new(),
         }
     }
 
-    /// The next runs; `None` at the end.
+    /// The next runs, at least one; `None` at the end. What is returned is known to the catalog:
+    /// looking it up next costs no request.
+    ///
+    /// # Errors
+    /// The server's, after its retries.
     pub async fn next_page(&mut self) -> Result<Option<Vec<RunEntry>>, CatalogError> {
         loop {
-            if let Some((experiments, token)) = &self.searching {
-                let asked = Instant::now();
-                let page = self
-                    .catalog
-                    .tracking
-                    .runs(experiments, token.as_deref())
-                    .await?;
-                self.searching = page.next.map(|next| (experiments.clone(), Some(next)));
-                let mut entries = Vec::with_capacity(page.items.len());
-                for run in page.items {
-                    if self.seen.insert(run.run_id.clone()) {
-                        entries.push(entry(&run));
-                        let run_id = run.run_id.clone();
-                        self.catalog.remember(&run_id, Some(Arc::new(run)), asked);
-                    }
+            if self.searching.as_ref().is_some_and(|it| !it.next.is_end()) {
+                let entries = self.search().await?;
+                if !entries.is_empty() {
+                    return Ok(Some(entries));
                 }
-                return Ok(Some(entries));
-            }
-            if !self.experiments.is_empty() {
+            } else if !self.experiments.is_empty() {
                 let count = self.experiments.len().min(EXPERIMENTS_PER_SEARCH);
-                let batch = self.experiments.drain(..count).collect();
-                self.searching = Some((batch, None));
-                continue;
+                self.searching = Some(Search {
+                    experiments: self.experiments.drain(..count).collect(),
+                    next: Next::First,
+                });
+            } else if self.more_experiments.is_end() {
+                self.seen_runs = HashSet::new();
+                return Ok(None);
+            } else {
+                self.ask_for_experiments().await?;
             }
-            let token = match &self.more_experiments {
-                More::None => return Ok(None),
-                More::First => None,
-                More::From(token) => Some(token.clone()),
-            };
-            let page = self.catalog.tracking.experiments(token.as_deref()).await?;
-            self.experiments = page.items;
-            self.more_experiments = page.next.map_or(More::None, More::From);
+        }
+    }
+
+    async fn search(&mut self) -> Result<Vec<RunEntry>, CatalogError> {
+        let Some(search) = &mut self.searching else {
+            return Ok(Vec::new());
+        };
+        let asked = Instant::now();
+        let tracking = &self.catalog.tracking;
+        let page = tracking
+            .runs(&search.experiments, search.next.token())
+            .await;
+        let page = self.catalog.noted(page)?;
+        search.next = self.catalog.following(&search.next, page.next)?;
+        Ok(self.take(page.items, asked))
+    }
+
+    /// The runs that are new to this listing, as entries; the catalog remembers them.
+    fn take(&mut self, runs: Vec<Run>, asked: Instant) -> Vec<RunEntry> {
+        let mut entries = Vec::with_capacity(runs.len());
+        for run in runs {
+            if self.seen_runs.insert(run.run_id.as_str().into()) {
+                let known = Arc::new(KnownRun::new(&run));
+                entries.push(known.entry(&run.run_id));
+                self.catalog.cache.put(&run.run_id, Some(known), asked);
+            }
+        }
+        entries
+    }
+
+    async fn ask_for_experiments(&mut self) -> Result<(), CatalogError> {
+        let token = self.more_experiments.token();
+        let page = self.catalog.tracking.experiments(token).await;
+        let Page { items, next } = self.catalog.noted(page)?;
+        self.more_experiments = self.catalog.following(&self.more_experiments, next)?;
+        let seen = &mut self.seen_experiments;
+        self.experiments = items;
+        self.experiments.retain(|id| seen.insert(id.clone()));
+        Ok(())
+    }
+}
+
+impl Catalog {
+    /// What follows a page. A server that answers with the token it was asked with would be asked
+    /// for ever.
+    fn following(&self, current: &Next, token: Option<String>) -> Result<Next, CatalogError> {
+        match token {
+            None => Ok(Next::End),
+            Some(token) if current.token() == Some(token.as_str()) => {
+                Err(CatalogError::Tracking(TrackingError::Protocol {
+                    server: self.tracking.name().to_owned(),
+                    what: "a listing".to_owned(),
+                    detail: "the page after this one is this one".to_owned(),
+                }))
+            }
+            Some(token) => Ok(Next::From(token)),
         }
     }
 }

@@ -1,8 +1,7 @@
 //! How the tracking server is reached: MLflow's own variables and credentials file.
 //!
-//! Sources: MLflow's documentation of its environment variables, and its client's order of
-//! precedence (environment over `~/.mlflow/credentials`, field by field; basic authentication
-//! over a token).
+//! Sources: MLflow's documentation of its environment variables, and the behaviour of its 3.17
+//! client where that says less.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,51 +9,48 @@ use std::time::Duration;
 
 use url::Url;
 
+use super::authentication::Authentication;
+
 /// What `MLFLOW_HTTP_REQUEST_TIMEOUT` is when it is not set; MLflow's own default.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// What `MLFLOW_HTTP_REQUEST_MAX_RETRIES` is when it is not set; MLflow's own default.
 const RETRIES: u32 = 7;
+/// The most that MLflow takes for it.
+const MOST_RETRIES: u64 = 10;
+/// A call is given up after this long, retries and pauses included, whatever the two above say:
+/// somebody waits in `ls`. A server that is away for longer is EIO, not a hanging terminal.
+const LONGEST_CALL: Duration = Duration::from_secs(30);
 
-/// How requests are authenticated. Shows no secret in `Debug`.
-#[derive(Clone, Default)]
-pub enum Authentication {
-    #[default]
-    None,
-    Basic {
-        username: String,
-        password: String,
-    },
-    Bearer(String),
-}
-
-impl fmt::Debug for Authentication {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::None => "None",
-            Self::Basic { .. } => "Basic",
-            Self::Bearer(_) => "Bearer",
-        })
-    }
-}
-
+/// Everything that tells how to talk to one tracking server. `Debug` shows no secret.
 #[derive(Clone, Debug)]
 pub struct TrackingSettings {
-    /// The server with its path prefix; without credentials.
+    /// The server with its path prefix; without credentials, query and fragment.
     pub url: Url,
     pub authentication: Authentication,
+    /// Sent as `X-MLFLOW-WORKSPACE`.
     pub workspace: Option<String>,
     pub insecure_tls: bool,
-    /// A PEM file of certificate authorities.
+    /// A PEM file of certificate authorities; only these are trusted.
     pub server_certificate: Option<PathBuf>,
     /// A PEM file with the client's certificate and key.
     pub client_certificate: Option<PathBuf>,
+    /// The longest that one attempt may take.
     pub request_timeout: Duration,
+    /// Attempts after the first.
     pub retries: u32,
+    /// The longest that all attempts of one call may take together.
+    pub longest_call: Duration,
 }
 
 /// A setting that cannot be obeyed; tells what to change.
 #[derive(Debug)]
 pub struct SettingError(String);
+
+impl SettingError {
+    pub(super) fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+}
 
 impl fmt::Display for SettingError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -64,148 +60,143 @@ impl fmt::Display for SettingError {
 
 impl std::error::Error for SettingError {}
 
+/// Typed access to the environment. A variable that is set to nothing counts as unset.
+pub(super) struct Variables<'a> {
+    lookup: &'a dyn Fn(&str) -> Option<String>,
+}
+
+impl<'a> Variables<'a> {
+    pub fn new(lookup: &'a dyn Fn(&str) -> Option<String>) -> Self {
+        Self { lookup }
+    }
+
+    pub fn text(&self, name: &str) -> Option<String> {
+        (self.lookup)(name).filter(|value| !value.is_empty())
+    }
+
+    /// False when unset. Takes what MLflow takes, and as MLflow refuses the rest: a `yes` that
+    /// silently meant no would leave requests unsigned.
+    pub fn boolean(&self, name: &str) -> Result<bool, SettingError> {
+        let Some(text) = self.text(name) else {
+            return Ok(false);
+        };
+        match text.to_lowercase().as_str() {
+            "true" | "1" => Ok(true),
+            "false" | "0" => Ok(false),
+            _ => Err(SettingError(format!(
+                "{name}: {text:?} is not true or false"
+            ))),
+        }
+    }
+
+    pub fn number(&self, name: &str) -> Result<Option<u64>, SettingError> {
+        let parse = |text: String| {
+            text.parse()
+                .map_err(|_| SettingError(format!("{name}: {text:?} is not a whole number")))
+        };
+        self.text(name).map(parse).transpose()
+    }
+}
+
 impl TrackingSettings {
     /// Settings for `uri`, with the rest from the environment (through `variable`) and from the
     /// credentials file below `home`.
+    ///
+    /// # Errors
+    /// A URI that no server has, a value that is none, settings that exclude each other.
     pub fn new(
         uri: &str,
         variable: impl Fn(&str) -> Option<String>,
         home: Option<&Path>,
     ) -> Result<Self, SettingError> {
-        let set = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let is_true = |name: &str| {
-            set(name).is_some_and(|value| matches!(value.to_lowercase().as_str(), "true" | "1"))
-        };
+        let variables = Variables::new(&variable);
         let mut url = server_url(uri)?;
-        let authentication = authentication(&url, &set, home)?;
+        let authentication = Authentication::choose(&url, &variables, home)?;
+        // Both fail only for URLs without a host, which server_url has refused.
         let _ = url.set_username("");
         let _ = url.set_password(None);
-        if is_true("MLFLOW_TRACKING_AWS_SIGV4") {
-            return Err(SettingError(
-                "MLFLOW_TRACKING_AWS_SIGV4: signing requests to the tracking server is not \
-                 supported yet; unset it and use MLFLOW_TRACKING_TOKEN or basic authentication"
-                    .to_owned(),
-            ));
-        }
-        let insecure_tls = is_true("MLFLOW_TRACKING_INSECURE_TLS");
-        let server_certificate = set("MLFLOW_TRACKING_SERVER_CERT_PATH").map(PathBuf::from);
+        let insecure_tls = variables.boolean("MLFLOW_TRACKING_INSECURE_TLS")?;
+        let path = |name: &str| variables.text(name).map(PathBuf::from);
+        let server_certificate = path("MLFLOW_TRACKING_SERVER_CERT_PATH");
         if insecure_tls && server_certificate.is_some() {
-            return Err(SettingError(
+            return Err(SettingError::new(
                 "MLFLOW_TRACKING_INSECURE_TLS and MLFLOW_TRACKING_SERVER_CERT_PATH exclude each \
-                 other: unset one of them"
-                    .to_owned(),
+                 other: unset one of them",
             ));
         }
         Ok(Self {
             url,
             authentication,
-            workspace: set("MLFLOW_WORKSPACE"),
+            workspace: variables
+                .text("MLFLOW_WORKSPACE")
+                .map(|workspace| workspace.trim().to_owned())
+                .filter(|workspace| !workspace.is_empty()),
             insecure_tls,
             server_certificate,
-            client_certificate: set("MLFLOW_TRACKING_CLIENT_CERT_PATH").map(PathBuf::from),
-            request_timeout: match number(&set, "MLFLOW_HTTP_REQUEST_TIMEOUT")? {
+            client_certificate: path("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
+            request_timeout: match variables.number("MLFLOW_HTTP_REQUEST_TIMEOUT")? {
                 Some(seconds) => Duration::from_secs(seconds.max(1)),
                 None => REQUEST_TIMEOUT,
             },
-            retries: match number(&set, "MLFLOW_HTTP_REQUEST_MAX_RETRIES")? {
-                Some(retries) => retries.min(10) as u32,
+            retries: match variables.number("MLFLOW_HTTP_REQUEST_MAX_RETRIES")? {
+                Some(retries) => u32::try_from(retries.min(MOST_RETRIES)).unwrap_or(RETRIES),
                 None => RETRIES,
             },
+            longest_call: LONGEST_CALL,
         })
     }
 }
 
-fn number(set: &impl Fn(&str) -> Option<String>, name: &str) -> Result<Option<u64>, SettingError> {
-    let Some(text) = set(name) else {
-        return Ok(None);
-    };
-    let parsed = text.parse();
-    parsed
-        .map(Some)
-        .map_err(|_| SettingError(format!("{name}: {text:?} is not a whole number")))
-}
-
+/// The server that `uri` names. Messages hold the scheme and nothing else of it: what does not
+/// parse may have a password anywhere.
 fn server_url(uri: &str) -> Result<Url, SettingError> {
+    let uri = uri.trim();
+    let scheme = uri.split_once(':').map_or("", |(scheme, _)| scheme);
+    match scheme.to_ascii_lowercase().as_str() {
+        "http" | "https" => {}
+        "" | "sqlite" | "file" => {
+            return Err(SettingError::new(
+                "the tracking URI names local files, and only the http and https URIs of a server \
+                 are supported yet; start `mlflow server` on those files and give its URI with \
+                 --tracking-uri or MLFLOW_TRACKING_URI",
+            ));
+        }
+        "databricks" | "databricks-uc" | "uc" => {
+            return Err(SettingError::new(
+                "Databricks' managed tracking server is not supported; give the http(s) URI of an \
+                 MLflow server with --tracking-uri or MLFLOW_TRACKING_URI",
+            ));
+        }
+        database if is_database(database) => {
+            return Err(SettingError::new(format!(
+                "tracking URI with the scheme {database}: mlfs asks the MLflow server, not its \
+                 database; give the server's http(s) URI"
+            )));
+        }
+        _ => {
+            return Err(SettingError::new(
+                "the tracking URI has a scheme that is not supported; give the http(s) URI of an \
+                 MLflow server, like http://host:5000",
+            ));
+        }
+    }
     let url = Url::parse(uri).map_err(|error| {
-        SettingError(format!(
-            "tracking URI {uri:?}: {error}; give one like http://host:5000"
+        SettingError::new(format!(
+            "the tracking URI is malformed ({error}); give one like http://host:5000"
         ))
     })?;
-    match url.scheme() {
-        "http" | "https" if url.has_host() => Ok(url),
-        "postgresql" | "mysql" | "mssql" => Err(SettingError(format!(
-            "tracking URI with the scheme {}: mlfs asks the MLflow server, not its database; \
-             give the server's http(s) URI",
-            url.scheme()
-        ))),
-        scheme => Err(SettingError(format!(
-            "tracking URI with the scheme {scheme}: only http and https servers are supported \
-             yet; start `mlflow server` and give its URI with --tracking-uri or \
-             MLFLOW_TRACKING_URI"
-        ))),
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(SettingError::new(
+            "the tracking URI has a query or a fragment; give one like http://host:5000/prefix",
+        ));
     }
+    Ok(url)
 }
 
-fn authentication(
-    url: &Url,
-    set: &impl Fn(&str) -> Option<String>,
-    home: Option<&Path>,
-) -> Result<Authentication, SettingError> {
-    let from_file = credentials_file(home)?;
-    let decode = |text: &str| {
-        percent_encoding::percent_decode_str(text)
-            .decode_utf8_lossy()
-            .into()
-    };
-    let in_url = (!url.username().is_empty()).then(|| decode(url.username()));
-    let username = in_url
-        .or_else(|| set("MLFLOW_TRACKING_USERNAME"))
-        .or(from_file.0);
-    let password = url
-        .password()
-        .map(decode)
-        .or_else(|| set("MLFLOW_TRACKING_PASSWORD"))
-        .or(from_file.1);
-    Ok(match (username, password, set("MLFLOW_TRACKING_TOKEN")) {
-        (Some(username), Some(password), _) => Authentication::Basic { username, password },
-        (_, _, Some(token)) => Authentication::Bearer(token),
-        _ => Authentication::None,
-    })
-}
-
-/// User and password of `~/.mlflow/credentials`, section `[mlflow]`.
-fn credentials_file(home: Option<&Path>) -> Result<(Option<String>, Option<String>), SettingError> {
-    let Some(path) = home.map(|home| home.join(".mlflow").join("credentials")) else {
-        return Ok((None, None));
-    };
-    if !path.exists() {
-        return Ok((None, None));
-    }
-    let text = std::fs::read_to_string(&path).map_err(|error| {
-        SettingError(format!(
-            "{}: {error}; make it readable or remove it",
-            path.display()
-        ))
-    })?;
-    let get = |key: &str| value_in_section(&text, "[mlflow]", key);
-    Ok((
-        get("mlflow_tracking_username"),
-        get("mlflow_tracking_password"),
-    ))
-}
-
-/// The value of `key` in one section of an INI file. (Two keys of one section do not earn a
-/// library with six dependencies.)
-fn value_in_section(text: &str, section: &str, key: &str) -> Option<String> {
-    let lines = text.lines().map(str::trim);
-    lines
-        .skip_while(|line| *line != section)
-        .skip(1)
-        .take_while(|line| !line.starts_with('['))
-        .filter(|line| !line.starts_with(['#', ';']))
-        .filter_map(|line| line.split_once(['=', ':']))
-        .find(|(name, _)| name.trim() == key)
-        .map(|(_, value)| value.trim().to_owned())
+/// MLflow's databases, with or without a driver (`mysql+pymysql`).
+fn is_database(scheme: &str) -> bool {
+    let dialect = scheme.split('+').next().unwrap_or(scheme);
+    matches!(dialect, "postgresql" | "postgres" | "mysql" | "mssql")
 }
 
 #[cfg(test)]
@@ -214,60 +205,82 @@ mod tests {
 
     fn settings(uri: &str, pairs: &[(&str, &str)]) -> Result<TrackingSettings, SettingError> {
         let lookup = |name: &str| {
-            pairs
-                .iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
+            let found = pairs.iter().find(|(key, _)| *key == name);
+            found.map(|(_, value)| (*value).to_owned())
         };
         TrackingSettings::new(uri, lookup, None)
     }
 
-    #[test]
-    fn basic_authentication_goes_before_a_token_and_shows_in_no_message() {
-        let both = settings(
-            "http://host:5000/prefix",
-            &[
-                ("MLFLOW_TRACKING_USERNAME", "u"),
-                ("MLFLOW_TRACKING_PASSWORD", "secret"),
-                ("MLFLOW_TRACKING_TOKEN", "token"),
-            ],
-        )
-        .unwrap();
-        assert!(matches!(both.authentication, Authentication::Basic { .. }));
-        assert!(!format!("{both:?}").contains("secret"));
-        let in_url = settings("http://u:secret@host/", &[]).unwrap();
-        assert!(matches!(
-            in_url.authentication,
-            Authentication::Basic { .. }
-        ));
-        assert!(!in_url.url.as_str().contains("secret"));
+    fn refusal(uri: &str, pairs: &[(&str, &str)]) -> String {
+        settings(uri, pairs).unwrap_err().to_string()
     }
 
     #[test]
-    fn credentials_come_from_the_file_where_the_environment_has_none() {
-        let home = tempfile::tempdir().unwrap();
-        std::fs::create_dir(home.path().join(".mlflow")).unwrap();
-        let text = "[mlflow]\nmlflow_tracking_username = a\nmlflow_tracking_password = b\n";
-        std::fs::write(home.path().join(".mlflow/credentials"), text).unwrap();
-        let found = TrackingSettings::new("http://host", |_| None, Some(home.path())).unwrap();
-        assert!(matches!(found.authentication,
-            Authentication::Basic { username, password } if username == "a" && password == "b"));
+    fn no_secret_shows_in_debug_output_or_in_the_url() {
+        let pairs = [("MLFLOW_TRACKING_TOKEN", "hidden-token")];
+        for found in [
+            settings("http://user:hidden-password@host:5000/prefix", &[]).unwrap(),
+            settings("http://host", &pairs).unwrap(),
+        ] {
+            assert!(!format!("{found:?}").contains("hidden"));
+            assert!(!found.url.as_str().contains("user"));
+        }
     }
 
     #[test]
-    fn what_cannot_be_obeyed_says_what_to_do() {
+    fn a_uri_that_does_not_parse_is_refused_without_showing_its_password() {
+        for uri in [
+            "http://user:hidden@host:port",
+            "http://user:hidden@",
+            "user:hidden@host",
+            "postgresql+psycopg2://user:hidden@host/db",
+            "http://user:hidden@host/?x",
+        ] {
+            let message = refusal(uri, &[]);
+            assert!(!message.contains("hidden"), "{message}");
+            assert!(message.contains("give"), "{message}");
+        }
+    }
+
+    #[test]
+    fn each_kind_of_uri_that_is_no_server_says_what_to_give_instead() {
+        let told = |uri| refusal(uri, &[]);
+        assert!(told("sqlite:///mlflow.db").contains("mlflow server"));
+        assert!(told("file:///srv/mlruns").contains("mlflow server"));
+        assert!(told("./mlruns").contains("mlflow server"));
+        assert!(told("databricks://profile").contains("Databricks"));
+        assert!(told("mysql+pymysql://host/db").contains("database"));
+        assert!(told("ftp://host").contains("http(s)"));
+    }
+
+    #[test]
+    fn values_that_are_none_and_settings_that_exclude_each_other_are_refused() {
         let tls = [
             ("MLFLOW_TRACKING_INSECURE_TLS", "true"),
             ("MLFLOW_TRACKING_SERVER_CERT_PATH", "/ca.pem"),
         ];
-        assert!(
-            settings("https://host", &tls)
-                .unwrap_err()
-                .to_string()
-                .contains("exclude")
-        );
-        for uri in ["sqlite:///mlflow.db", "postgresql://h/db", "nonsense"] {
-            assert!(settings(uri, &[]).unwrap_err().to_string().contains("give"));
+        assert!(refusal("https://host", &tls).contains("exclude"));
+        for (name, value) in [
+            ("MLFLOW_TRACKING_AWS_SIGV4", "yes"),
+            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon"),
+            ("MLFLOW_TRACKING_AUTH", "kubernetes"),
+        ] {
+            assert!(refusal("http://host", &[(name, value)]).contains(name));
         }
+    }
+
+    #[test]
+    fn limits_are_mlflows_own_unless_set() {
+        let plain = settings("http://host", &[("MLFLOW_HTTP_REQUEST_TIMEOUT", "")]).unwrap();
+        assert_eq!((plain.request_timeout, plain.retries), (REQUEST_TIMEOUT, 7));
+        let set = [
+            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "9"),
+            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1000"),
+            ("MLFLOW_WORKSPACE", " team "),
+        ];
+        let set = settings("http://host", &set).unwrap();
+        assert_eq!(set.request_timeout, Duration::from_secs(9));
+        assert_eq!(u64::from(set.retries), MOST_RETRIES);
+        assert_eq!(set.workspace.as_deref(), Some("team"));
     }
 }
