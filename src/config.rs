@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::store::s3::SignPayload;
@@ -53,15 +54,15 @@ pub struct MountArguments {
     pub tracking_uri: Option<String>,
 
     /// Stay in the foreground and log to stderr
-    #[arg(long, env = "MLFS_FOREGROUND")]
+    #[arg(long, env = "MLFS_FOREGROUND", value_parser = BoolishValueParser::new())]
     pub foreground: bool,
 
     /// Refuse every change with EROFS
-    #[arg(long, env = "MLFS_READ_ONLY")]
+    #[arg(long, env = "MLFS_READ_ONLY", value_parser = BoolishValueParser::new())]
     pub read_only: bool,
 
     /// Let other users in (others than root need user_allow_other in /etc/fuse.conf)
-    #[arg(long, env = "MLFS_ALLOW_OTHER")]
+    #[arg(long, env = "MLFS_ALLOW_OTHER", value_parser = BoolishValueParser::new())]
     pub allow_other: bool,
 
     /// Most memory for data being written and read, bytes (512MiB, 20G) [default: a quarter of the

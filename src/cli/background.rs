@@ -32,8 +32,10 @@ pub(super) fn start(config: &Config) -> anyhow::Result<()> {
         .with_context(|| format!("log file {}", log_file.display()))?;
     let program = std::env::current_exe().context("this program's own path")?;
     let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
+        // Behind the subcommand, before anything that may end the flags.
+        .args(std::env::args_os().skip(1).take(1))
         .arg("--background-process")
+        .args(std::env::args_os().skip(2))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)

@@ -89,6 +89,14 @@ impl RangeRequest {
             // A store may answer a range that is the whole object with the whole object.
             None => length.map(|length| (0..length, length)),
         };
+        // A store may ignore If-Match; the answer still tells what it is of.
+        if let (Some(wanted), Some(found)) = (&self.version, &etag)
+            && wanted.as_str().trim_matches('"') != found.as_str().trim_matches('"')
+        {
+            return Err(StoreError::Changed {
+                object: self.object.to_string(),
+            });
+        }
         let Some((range_told, object_size)) = told else {
             return Err(self.corrupt("the answer tells no usable Content-Range"));
         };

@@ -66,13 +66,14 @@ impl S3Settings {
             return Err(SettingError {
                 variable: "MLFLOW_S3_IGNORE_TLS",
                 detail: "connections without certificate checks are not supported; unset it and \
-                         name the certificate authority in AWS_CA_BUNDLE"
+                         add the certificate authority to the system's"
                     .to_owned(),
             });
         }
         let endpoint = set("MLFLOW_S3_ENDPOINT_URL");
         let path_style = match set("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE").as_deref() {
-            None | Some("auto") => endpoint.as_deref().map(needs_path_style),
+            // As boto3 has it: any endpoint that is named is addressed by path.
+            None | Some("auto") => endpoint.is_some().then_some(true),
             Some("path") => Some(true),
             Some("virtual") => Some(false),
             Some(other) => {
@@ -139,17 +140,6 @@ fn upload_arguments(text: Option<String>) -> Result<UploadArguments, SettingErro
     Ok(arguments)
 }
 
-/// Whether buckets of this endpoint cannot be host names: an address, or `localhost`.
-fn needs_path_style(endpoint: &str) -> bool {
-    let Ok(url) = url::Url::parse(endpoint) else {
-        return true;
-    };
-    match url.host() {
-        Some(url::Host::Domain(name)) => name == "localhost" || !name.contains('.'),
-        _ => true,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,11 +155,13 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_at_an_address_is_addressed_by_path() {
-        let local = settings(&[("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9000")]).unwrap();
-        assert_eq!(local.path_style, Some(true));
-        let named = settings(&[("MLFLOW_S3_ENDPOINT_URL", "https://s3.example.com")]).unwrap();
-        assert_eq!(named.path_style, Some(false));
+    fn a_named_endpoint_is_addressed_by_path_unless_told_otherwise() {
+        let endpoint = ("MLFLOW_S3_ENDPOINT_URL", "https://minio.example.com");
+        assert_eq!(settings(&[endpoint]).unwrap().path_style, Some(true));
+        let virtual_hosts = ("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "virtual");
+        let told = settings(&[endpoint, virtual_hosts]).unwrap();
+        assert_eq!(told.path_style, Some(false));
+        assert_eq!(settings(&[]).unwrap().path_style, None);
     }
 
     #[test]
