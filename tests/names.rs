@@ -326,12 +326,12 @@ fn a_read_only_mount_refuses_every_change() {
 fn two_runs_with_one_store_can_exchange_files_and_the_root_takes_none() {
     let lab = Lab::new();
     lab.tracking
-        .add_run("other", &format!("s3://{BUCKET}/root/other/artifacts"));
+        .add_run("other", &format!("s3://{BUCKET}/runs/other/artifacts"));
     lab.put("f", b"x".as_slice());
     let mount = lab.mount();
     fs::rename(mount.at("f"), mount.path.join("other/f")).unwrap();
     assert_eq!(
-        lab.s3.bytes(BUCKET, "root/other/artifacts/f").unwrap(),
+        lab.s3.bytes(BUCKET, "runs/other/artifacts/f").unwrap(),
         b"x"
     );
     assert_eq!(errno(fs::write(mount.path.join("file"), b"x")), libc::EPERM);
