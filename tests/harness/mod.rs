@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -192,4 +193,14 @@ pub fn errno(outcome: std::io::Result<impl Sized>) -> i32 {
         .err()
         .and_then(|error| error.raw_os_error())
         .unwrap_or(0)
+}
+
+/// close(2), whose error std's `File` swallows.
+pub fn close(file: std::fs::File) -> i32 {
+    let descriptor = OwnedFd::from(file);
+    // SAFETY: the descriptor is owned here and forgotten right after.
+    let outcome = unsafe { libc::close(descriptor.as_raw_fd()) };
+    let error = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    std::mem::forget(descriptor);
+    if outcome == 0 { 0 } else { error }
 }

@@ -58,6 +58,18 @@ impl Pace {
 pub(super) struct Damage {
     pub break_after: Option<u64>,
     pub stall: Option<Duration>,
+    /// The body ends after so many bytes, as if it were meant to.
+    pub truncate: Option<u64>,
+    pub wrong_byte: bool,
+}
+
+/// Inverts the first byte of a body.
+pub(super) fn spoil(frames: &mut [Bytes]) {
+    if let Some(frame) = frames.iter_mut().find(|frame| !frame.is_empty()) {
+        let mut spoilt = frame.to_vec();
+        spoilt[0] = !spoilt[0];
+        *frame = spoilt.into();
+    }
 }
 
 /// A body of `frames`, paced and damaged.

@@ -9,9 +9,9 @@ use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, Digest};
 use hyper::Response;
-use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-use super::body::{Body, Damage, outgoing, text, unchunk};
+use super::body::{Body, Damage, outgoing, spoil, text, unchunk};
 use super::objects::{Content, Object, Objects, Part, Upload};
 use super::request::{Asked, parse_range};
 use super::server::ServerOptions;
@@ -19,6 +19,13 @@ use super::stats::Kind;
 use super::xml::{elements, escape, text as xml_text};
 
 const PAGE: usize = 1000;
+/// What `encoding-type=url` leaves as it is.
+const LISTED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'/')
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'*');
 const XML: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n";
 
 /// An answer, and how many bytes of it are content.
@@ -154,7 +161,7 @@ impl Operations {
         let url = parameter("encoding-type") == "url";
         let shown = |key: &str| {
             if url {
-                utf8_percent_encode(key, NON_ALPHANUMERIC).to_string()
+                utf8_percent_encode(key, LISTED).to_string()
             } else {
                 escape(key)
             }
@@ -186,7 +193,8 @@ impl Operations {
                 continue;
             }
             if count == most {
-                truncated = true;
+                // As S3 has it: who asks for no keys at all is not told of more.
+                truncated = most > 0;
                 break;
             }
             count += 1;
@@ -269,7 +277,8 @@ impl Operations {
             Some(range) => (206, range.clone()),
             None => (200, 0..size),
         };
-        let length = range_sent.end - range_sent.start;
+        let whole = range_sent.end - range_sent.start;
+        let length = damage.truncate.unwrap_or(whole).min(whole);
         let mut response = Response::builder()
             .status(status)
             .header("etag", &object.etag)
@@ -284,7 +293,12 @@ impl Operations {
             response = response.header("content-range", told);
         }
         let (frames, content) = if kind == Kind::Get {
-            (object.content.slice(range_sent), length)
+            let sent = range_sent.start..range_sent.start + length;
+            let mut frames = object.content.slice(sent);
+            if damage.wrong_byte {
+                spoil(&mut frames);
+            }
+            (frames, length)
         } else {
             (Vec::new(), 0)
         };

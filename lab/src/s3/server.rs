@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 
-use super::body::{Body, BrokenOff, Damage, incoming, text};
+use super::body::{Body, BrokenOff, Damage, incoming, spoil, text};
 use super::faults::{Fault, Faults, Rule};
 use super::objects::{Content, Object, Objects};
 use super::operations::{Answer, Failure, Operations};
@@ -256,9 +256,12 @@ async fn serve(
     if fault == Some(Fault::ResetBefore) {
         return Err(BrokenOff);
     }
-    let body = incoming(body, shared.options.connection_rate)
+    let mut body = incoming(body, shared.options.connection_rate)
         .await
         .map_err(|_| BrokenOff)?;
+    if fault == Some(Fault::WrongByte) {
+        spoil(&mut body);
+    }
     shared
         .counter
         .bytes_in(kind, body.iter().map(|frame| frame.len() as u64).sum());
@@ -269,18 +272,17 @@ async fn serve(
     if shared.options.verify_auth && !is_authorised(asked) {
         return Ok(Failure(403, "InvalidAccessKeyId".to_owned()).answer());
     }
-    let damage = match &fault {
+    let mut damage = Damage::default();
+    match &fault {
         Some(Fault::Status(status, code)) => return Ok(Failure(*status, code.clone()).answer()),
-        Some(Fault::ResetAfter(bytes)) => Damage {
-            break_after: Some(*bytes),
-            stall: None,
-        },
-        Some(Fault::Stall(milliseconds)) => Damage {
-            break_after: None,
-            stall: Some(Duration::from_millis(*milliseconds)),
-        },
-        _ => Damage::default(),
-    };
+        Some(Fault::ResetAfter(bytes)) => damage.break_after = Some(*bytes),
+        Some(Fault::Stall(milliseconds)) => {
+            damage.stall = Some(Duration::from_millis(*milliseconds));
+        }
+        Some(Fault::Truncate(bytes)) => damage.truncate = Some(*bytes),
+        Some(Fault::WrongByte) => damage.wrong_byte = true,
+        Some(Fault::ResetBefore | Fault::DoThenFail) | None => {}
+    }
     let answer = shared
         .operations
         .run(kind, asked, body, damage)
