@@ -61,7 +61,7 @@ struct Shared {
     objects: Arc<Objects>,
     operations: Operations,
     options: ServerOptions,
-    counter: Counter,
+    counter: Arc<Counter>,
     faults: Faults,
     /// Kinds whose requests wait, and the word that they may go on.
     gates: Mutex<HashSet<Kind>>,
@@ -89,14 +89,16 @@ impl S3Server {
             .with_context(|| format!("listening on {}", options.listen))?;
         let address = listener.local_addr().context("the server's address")?;
         let objects = Arc::new(Objects::default());
+        let counter = Arc::new(Counter::default());
         let shared = Arc::new(Shared {
             operations: Operations {
                 objects: Arc::clone(&objects),
+                counter: Arc::clone(&counter),
                 options: options.clone(),
             },
             objects,
             options,
-            counter: Counter::default(),
+            counter,
             faults: Faults::default(),
             gates: Mutex::default(),
             released: Notify::new(),
@@ -227,23 +229,21 @@ async fn handle(
     let (parts, body) = request.into_parts();
     let asked = Asked::new(parts.method, &parts.uri, parts.headers);
     if asked.bucket == "-" {
-        return Ok(control(&shared, &asked, body).await.response);
+        return Ok(control(&shared, &asked, body).await);
     }
     let kind = asked.kind();
     shared.counter.begin(kind);
     let outcome = serve(&shared, kind, &asked, body).await;
     let status = outcome
         .as_ref()
-        .map_or(0, |answer| answer.response.status().as_u16());
+        .map_or(0, |answer| answer.status().as_u16());
     shared.counter.end(Logged {
         kind,
         key: asked.key.clone(),
         range: asked.header("range").map(str::to_owned),
         status,
     });
-    let answer = outcome?;
-    shared.counter.bytes_out(kind, answer.content);
-    Ok(answer.response)
+    outcome
 }
 
 async fn serve(
@@ -360,8 +360,5 @@ async fn control(shared: &Shared, asked: &Asked, body: Incoming) -> Answer {
         _ => return Failure(404, "NoSuchControl".to_owned()).answer(),
     };
     let document = document.unwrap_or_else(|error| error.to_string());
-    Answer {
-        response: Response::new(text(document)),
-        content: 0,
-    }
+    Response::new(text(document))
 }
