@@ -151,6 +151,19 @@ impl Budget {
         })
     }
 
+    /// Reserves what is spent already, such as bytes that a former process left on the disk: the
+    /// only way past the limit.
+    pub fn reserve_regardless(self: &Arc<Self>, class: Class, bytes: u64) -> Reservation {
+        let mut usage = self.usage.lock();
+        usage.used[class as usize] += bytes;
+        usage.peak = usage.peak.max(usage.used.iter().sum());
+        Reservation {
+            budget: Arc::clone(self),
+            class,
+            bytes,
+        }
+    }
+
     fn reclaim(&self, bytes: u64) -> bool {
         let reclaimers: Vec<_> = self
             .reclaimers

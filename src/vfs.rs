@@ -20,6 +20,7 @@ mod readdir;
 mod remove;
 mod rename;
 mod tree;
+mod uploads;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,15 +35,17 @@ use crate::store::Stores;
 use crate::write::Writer;
 use handles::Handles;
 use tree::Tree;
+use uploads::Uploads;
 
 pub use attributes::{Attributes, EntryAttributes, FileKind, Usage};
-pub use control::{PendingFile, Status};
+pub use control::Status;
 pub use directory::{Entry, FileInfo};
 pub use error::{VfsError, VfsResult};
 pub use open::{Access, Opened, WriteOutcome};
 pub use readdir::Listed;
 pub use rename::RenameMode;
 pub use tree::{Inode, ROOT};
+pub use uploads::UploadStatus;
 
 /// How this mount presents itself.
 #[derive(Clone, Debug)]
@@ -69,6 +72,7 @@ pub struct Vfs {
     runtime: Runtime,
     tree: Mutex<Tree>,
     handles: Handles,
+    uploads: Uploads,
     started: SystemTime,
 }
 
@@ -91,6 +95,7 @@ impl Vfs {
             runtime,
             tree: Mutex::new(Tree::new(started)),
             handles: Handles::default(),
+            uploads: Uploads::default(),
             started,
         })
     }

@@ -6,13 +6,17 @@
 //!
 //! - [`draft`]: what a draft is, and reading and writing it;
 //! - [`publish`]: how a draft becomes an object, complete or not at all;
+//! - [`journal`], [`record`], [`recovery`]: what a crash must not make anybody forget;
 //! - [`relief`]: what gives way when memory is spent.
 
 mod chunk;
 mod draft;
 mod error;
 mod geometry;
+mod journal;
 mod publish;
+mod record;
+mod recovery;
 mod relief;
 mod send;
 mod spill;
@@ -29,6 +33,7 @@ use crate::read::Reader;
 
 pub use draft::{Draft, Progress, Target};
 pub use error::WriteError;
+pub use recovery::{Leftover, ResumeError};
 pub use spill::Spill;
 
 /// How this mount writes.
@@ -38,6 +43,8 @@ pub struct WriteOptions {
     pub part_size: u64,
     /// Most parts and objects on their way at once, over all files.
     pub transfers: usize,
+    /// The tracking server, without credentials: journals are of one server's runs.
+    pub tracking: String,
 }
 
 /// Everything that drafts share: budgets, spill, the limit on transfers.
@@ -96,6 +103,11 @@ impl Writer {
 
     fn tick(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// What is not stored stays on disk when this process ends, for the next mount.
+    pub fn keep(&self) {
+        self.spill.directory().keep();
     }
 
     pub fn memory(&self) -> &Arc<Budget> {

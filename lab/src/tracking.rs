@@ -65,6 +65,10 @@ impl TrackingServer {
             .insert(run_id.to_owned(), artifact_uri.to_owned());
     }
 
+    pub fn remove_run(&self, run_id: &str) {
+        self.state.runs.lock().remove(run_id);
+    }
+
     /// From now on everything is answered with `status`; `None`: as it should be.
     pub fn set_broken(&self, status: Option<u16>) {
         *self.state.broken.lock() = status;

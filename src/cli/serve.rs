@@ -19,7 +19,7 @@ use crate::telemetry;
 use crate::tracking::Tracking;
 use crate::tracking::rest::RestTracking;
 use crate::tracking::settings::TrackingSettings;
-use crate::vfs::{PendingFile, Vfs, VfsOptions};
+use crate::vfs::{UploadStatus, Vfs, VfsOptions};
 use crate::write::{Spill, WriteOptions, Writer};
 
 /// How often what is pending is looked at while a mount ends.
@@ -57,6 +57,10 @@ pub(super) fn run(
     tracing::info!(mountpoint = %config.mountpoint.display(), memory = config.memory,
         spill = %config.spill_dir.display(), "mounted");
     ready()?;
+    runtime.spawn({
+        let vfs = Arc::clone(&vfs);
+        async move { vfs.recover().await }
+    });
     serve(&runtime, &vfs, mounted, &config.spill_dir)
 }
 
@@ -93,6 +97,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         WriteOptions {
             part_size: config.part_size,
             transfers: config.transfers,
+            tracking: tracking_uri.clone(),
         },
     );
     let options = VfsOptions {
@@ -165,15 +170,15 @@ async fn finish(vfs: &Arc<Vfs>, mounted: &mut Mounted, ended: bool) -> anyhow::R
 async fn store_closed(vfs: &Arc<Vfs>) {
     vfs.begin_drain();
     let deadline = tokio::time::Instant::now() + LAST_TRANSFERS;
-    let moving = |file: &PendingFile| file.state == "uploading" || file.state == "waiting";
-    while vfs.pending().iter().any(moving) && tokio::time::Instant::now() < deadline {
+    let moving = |file: &UploadStatus| file.state == "uploading" || file.state == "waiting";
+    while vfs.unstored().iter().any(moving) && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(LOOK).await;
     }
 }
 
-/// Keeps what could not be stored, and names it.
+/// Leaves what could not be stored to the next mount, and names it.
 async fn keep_rest(vfs: &Arc<Vfs>, spill_dir: &Path) -> anyhow::Result<()> {
-    let pending = vfs.pending();
+    let pending = vfs.unstored();
     if pending.is_empty() {
         return Ok(());
     }
@@ -181,16 +186,13 @@ async fn keep_rest(vfs: &Arc<Vfs>, spill_dir: &Path) -> anyhow::Result<()> {
         let reason = file.reason.as_deref().unwrap_or("there was no time");
         tracing::error!(path = file.path, size = file.size, reason, "not stored");
     }
-    let folder = spill_dir.join(format!("unsent-{}", std::process::id()));
-    for (path, outcome) in vfs.keep_pending(&folder).await {
-        match outcome {
-            Ok(kept) => tracing::error!(path, kept = %kept.display(), "its bytes are kept"),
-            Err(error) => tracing::error!(path, error = format!("{error:#}"), "not kept whole"),
-        }
+    for (path, reason) in vfs.keep_pending().await {
+        tracing::error!(path, reason, "not kept either");
     }
     bail!(
-        "{} files could not be stored; their bytes are kept in {}",
+        "{} files could not be stored; their bytes are kept in {}, and the next mount with this \
+         --spill-dir goes on with them",
         pending.len(),
-        folder.display()
+        spill_dir.display()
     )
 }

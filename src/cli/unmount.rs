@@ -10,7 +10,7 @@ use clap::Args;
 use super::mounts;
 use crate::config::parse_duration;
 use crate::fuse::unmount_path;
-use crate::vfs::{PendingFile, Status};
+use crate::vfs::{Status, UploadStatus};
 
 /// How often the mount is asked.
 const LOOK: Duration = Duration::from_millis(100);
@@ -78,7 +78,7 @@ fn wait_until_stored(path: &Path, expired: impl Fn() -> bool) -> anyhow::Result<
     }
 }
 
-fn describe(file: &PendingFile) -> String {
+fn describe(file: &UploadStatus) -> String {
     let reason = file
         .reason
         .as_ref()
@@ -178,7 +178,7 @@ impl Progress {
         }
     }
 
-    fn say(&mut self, pending: &[PendingFile]) {
+    fn say(&mut self, pending: &[UploadStatus]) {
         let pause = if self.terminal { LOOK } else { SAY };
         if self.said.is_some_and(|said| said.elapsed() < pause) {
             return;

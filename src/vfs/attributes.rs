@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::error::{VfsError, VfsResult};
-use super::tree::{DRAIN, Inode, Kind, Node};
+use super::tree::{Inode, Kind, Node};
 use super::{Entry, Vfs};
 
 /// `st_blksize`: buffered writers (Python's `open`, C's stdio) take it as the size of their
@@ -82,10 +82,9 @@ impl Vfs {
             (FileKind::Directory, Kind::Control) => 0o555,
             (FileKind::Directory, _) => 0o777 & !self.options.umask as u16,
             (_, Kind::Status) => 0o444,
-            (_, Kind::Drain) => 0o222,
+            (_, Kind::Order(_)) => 0o222,
             _ => 0o666 & !self.options.umask as u16,
         };
-        debug_assert!(inode != DRAIN || matches!(node.kind, Kind::Drain));
         EntryAttributes {
             attributes: Attributes {
                 inode,

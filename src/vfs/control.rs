@@ -1,8 +1,10 @@
 //! `.mlfs/`: the running mount, as files.
 //!
 //! `status` is one JSON document, made when it is opened. Writing anything to `drain` asks for
-//! everything closed and unpublished to be sent now.
+//! everything closed and unpublished to be sent now; ids of uploads, or `all`, written to `retry`
+//! or `discard` asks for that.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
@@ -10,19 +12,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::Vfs;
-
-/// A file that is not, or not wholly, in the store.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PendingFile {
-    /// Below the mount point.
-    pub path: String,
-    /// Bytes.
-    pub size: u64,
-    /// `open`, `uploading`, `failed` or `waiting`.
-    pub state: String,
-    /// Why the last attempt failed, if it did.
-    pub reason: Option<String>,
-}
+use super::uploads::UploadStatus;
 
 /// Bytes of a budget.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -49,7 +39,10 @@ pub struct Status {
     pub tracking_uri: String,
     pub read_only: bool,
     pub uptime_seconds: u64,
-    pub pending: Vec<PendingFile>,
+    /// What this mount stores before it ends.
+    pub pending: Vec<UploadStatus>,
+    /// That, and what former mounts left.
+    pub uploads: Vec<UploadStatus>,
     pub memory: BudgetStatus,
     pub spill: BudgetStatus,
     pub read: ReadStatus,
@@ -59,32 +52,39 @@ pub struct Status {
 }
 
 impl Vfs {
-    /// Everything the store lacks something of.
-    pub fn pending(&self) -> Vec<PendingFile> {
-        let mut pending: Vec<PendingFile> = self
-            .dirty_files()
+    /// Every file of this mount that the store lacks something of.
+    pub(super) fn pending(&self) -> Vec<UploadStatus> {
+        self.dirty_files()
             .into_iter()
-            .map(|(inode, file)| {
+            .filter_map(|(inode, file)| {
                 let (size, _) = file.size_and_time();
                 let state = file.state();
-                let reason = state.draft.as_ref().and_then(|draft| draft.failure());
-                let name = match () {
-                    () if state.writers > 0 => "open",
-                    () if state.publishing > 0 => "uploading",
-                    () if reason.is_some() => "failed",
-                    () => "waiting",
+                let draft = Arc::clone(state.draft.as_ref()?);
+                let name = match draft.failure() {
+                    _ if state.writers > 0 => "open",
+                    _ if state.publishing > 0 => "uploading",
+                    Some(_) => "failed",
+                    None => "waiting",
                 };
                 drop(state);
-                PendingFile {
+                Some(UploadStatus {
+                    id: draft.id().to_owned(),
                     path: self.path(inode),
                     size,
+                    since: draft.since(),
                     state: name.to_owned(),
-                    reason,
-                }
+                    reason: draft.failure(),
+                })
             })
-            .collect();
-        pending.sort_by(|one, other| one.path.cmp(&other.path));
-        pending
+            .collect()
+    }
+
+    /// Everything that this mount has to store before it may end.
+    pub fn unstored(&self) -> Vec<UploadStatus> {
+        let mut unstored = self.pending();
+        unstored.extend(self.resumed());
+        unstored.sort_by(|one, other| one.path.cmp(&other.path));
+        unstored
     }
 
     pub fn status(&self) -> Status {
@@ -103,7 +103,8 @@ impl Vfs {
             uptime_seconds: SystemTime::now()
                 .duration_since(self.started)
                 .map_or(0, |uptime| uptime.as_secs()),
-            pending: self.pending(),
+            pending: self.unstored(),
+            uploads: self.uploads(),
             memory: budget(self.writer.memory()),
             spill: budget(self.writer.spill().budget()),
             read: ReadStatus {

@@ -1,10 +1,6 @@
-//! Getting everything that was written into the store.
+//! Getting everything that was written into the store, or at least onto the disk.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use anyhow::Context;
 
 use super::Vfs;
 use super::file::File;
@@ -32,45 +28,24 @@ impl Vfs {
                 self.publish_in_background(inode, file);
             }
         }
+        self.send_resumed();
     }
 
-    /// Writes what could not be stored into plain files below `folder`, under the paths they have
-    /// in the mount, so that nothing is lost when the mount ends. Returns where each went.
-    pub async fn keep_pending(&self, folder: &Path) -> Vec<(String, anyhow::Result<PathBuf>)> {
-        let mut kept = Vec::new();
+    /// Puts what is not stored on disk, where the next mount goes on with it. Returns the paths of
+    /// those for which that could not be done, and why.
+    pub async fn keep_pending(&self) -> Vec<(String, String)> {
+        let mut lost = Vec::new();
         for (inode, file) in self.dirty_files() {
-            let path = self.path(inode);
-            let target = folder.join(&path);
-            let outcome = keep(&file, &target).await.map(|()| target);
-            kept.push((path, outcome));
+            let (draft, closed) = {
+                let state = file.state();
+                (state.draft.clone(), state.writers == 0)
+            };
+            let Some(draft) = draft else { continue };
+            if let Err(error) = draft.keep(closed).await {
+                lost.push((self.path(inode), error.to_string()));
+            }
         }
-        kept
+        self.writer.keep();
+        lost
     }
-}
-
-/// Bytes copied at once.
-const STEP: u64 = 4 << 20;
-
-async fn keep(file: &File, target: &Path) -> anyhow::Result<()> {
-    let draft = file
-        .state()
-        .draft
-        .clone()
-        .context("it is not being written")?;
-    if let Some(parent) = target.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
-    let mut copy = std::fs::File::create(target)?;
-    let mut offset = 0;
-    loop {
-        let piece = draft.read(offset, STEP).await?;
-        if piece.is_empty() {
-            break;
-        }
-        for bytes in piece.pieces() {
-            copy.write_all(bytes)?;
-        }
-        offset += piece.len() as u64;
-    }
-    Ok(copy.sync_all()?)
 }

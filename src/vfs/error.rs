@@ -31,6 +31,7 @@ impl VfsError {
     pub const OTHER_STORE: Self = Self::plain(libc::EXDEV);
     pub const BAD_HANDLE: Self = Self::plain(libc::EBADF);
     pub const NAME_TOO_LONG: Self = Self::plain(libc::ENAMETOOLONG);
+    pub const BUSY: Self = Self::plain(libc::EBUSY);
     pub const STALE: Self = Self::plain(libc::ESTALE);
 
     pub const fn plain(errno: i32) -> Self {

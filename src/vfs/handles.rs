@@ -10,7 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::readdir::DirectoryStream;
-use super::tree::Inode;
+use super::tree::{Inode, Order};
 
 /// An open file.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ enum Open {
     Directory(Arc<DirectoryStream>),
     /// A control file's content, as it was when it was opened.
     Document(Bytes),
-    Drain,
+    Order(Order),
 }
 
 /// All open handles, by number.
@@ -107,8 +107,8 @@ impl Handles {
         self.add(Open::Document(content))
     }
 
-    pub fn add_drain(&self) -> u64 {
-        self.add(Open::Drain)
+    pub fn add_order(&self, order: Order) -> u64 {
+        self.add(Open::Order(order))
     }
 
     pub fn file(&self, handle: u64) -> VfsResult<Arc<FileHandle>> {
@@ -132,8 +132,11 @@ impl Handles {
         }
     }
 
-    pub fn is_drain(&self, handle: u64) -> bool {
-        matches!(self.open.read().get(&handle), Some(Open::Drain))
+    pub fn order(&self, handle: u64) -> Option<Order> {
+        match self.open.read().get(&handle) {
+            Some(Open::Order(order)) => Some(*order),
+            _ => None,
+        }
     }
 
     /// Closes a handle; returns the file's, if it was a file's.

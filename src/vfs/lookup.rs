@@ -11,10 +11,11 @@ use super::directory::{Entry, Lookup};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::names::{self, entries};
-use super::tree::{CONTROL, DRAIN, DirectoryNode, Inode, Kind, ROOT, STATUS, Tree};
+use super::tree::{CONTROL, CONTROLS, DirectoryNode, Inode, Kind, ROOT, Tree};
 use super::{EntryAttributes, Vfs};
 use crate::catalog::RunEntry;
 use crate::store::Location;
+use crate::write::Target;
 
 /// Keys asked for when one name is looked up: the object, names that sort between it and the
 /// directory of that name, the directory.
@@ -24,6 +25,7 @@ const POINT_LOOKUP_KEYS: u32 = 100;
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub inode: Inode,
+    pub run_id: String,
     pub directory: Arc<DirectoryNode>,
     pub location: Location,
     /// The path below the run, without slashes at its ends.
@@ -45,6 +47,16 @@ impl Place {
     pub fn key(&self, name: &str) -> String {
         format!("{}{name}", self.prefix())
     }
+
+    /// Where a file of this name is published.
+    pub fn target(&self, name: &str) -> Target {
+        let separator = if self.path.is_empty() { "" } else { "/" };
+        Target {
+            store: Arc::clone(&self.location.store),
+            key: self.key(name),
+            path: format!("{}/{}{separator}{name}", self.run_id, self.path),
+        }
+    }
 }
 
 impl Vfs {
@@ -63,9 +75,10 @@ impl Vfs {
         let ttl = self.options.metadata_ttl;
         match (parent, name) {
             (ROOT, ".mlfs") => return Ok((CONTROL, ttl)),
-            (CONTROL, "status") => return Ok((STATUS, ttl)),
-            (CONTROL, "drain") => return Ok((DRAIN, ttl)),
-            (CONTROL, _) => return Err(VfsError::NOT_FOUND),
+            (CONTROL, _) => {
+                let inode = control_node(name).ok_or(VfsError::NOT_FOUND)?;
+                return Ok((inode, ttl));
+            }
             (ROOT, _) => {
                 let run = self.catalog.run_entry(name).await?;
                 return Ok((self.run_node(run), ttl));
@@ -119,7 +132,7 @@ impl Vfs {
             let node = tree.get(inode).ok_or(VfsError::STALE)?;
             let directory = match &node.kind {
                 Kind::Run(_, directory) | Kind::Directory(directory) => Arc::clone(directory),
-                Kind::File(_) | Kind::Status | Kind::Drain => {
+                Kind::File(_) | Kind::Status | Kind::Order(_) => {
                     return Err(VfsError::NOT_DIRECTORY);
                 }
                 Kind::Root | Kind::Control => return Err(VfsError::NOT_PERMITTED),
@@ -146,6 +159,7 @@ impl Vfs {
         };
         Ok(Place {
             inode,
+            run_id,
             directory,
             location,
             path,
@@ -240,10 +254,10 @@ impl Vfs {
 
     /// The node of something a listing showed.
     pub(super) fn listed_node(&self, parent: Inode, listed: &super::Listed) -> Inode {
-        match (parent, listed.name.as_str()) {
-            (CONTROL, "status") => return STATUS,
-            (CONTROL, _) => return DRAIN,
-            _ => {}
+        if parent == CONTROL
+            && let Some(inode) = control_node(&listed.name)
+        {
+            return inode;
         }
         let mut tree = self.tree.lock();
         match &listed.run {
@@ -260,6 +274,12 @@ impl Vfs {
             }
         }
     }
+}
+
+/// The inode of a file in `.mlfs`.
+fn control_node(name: &str) -> Option<Inode> {
+    let mut controls = CONTROLS.into_iter();
+    controls.find_map(|(control, inode, _)| (control == name).then_some(inode))
 }
 
 fn answer(listed: &BTreeMap<String, Entry>, name: &str, at: Instant) -> Lookup {

@@ -64,12 +64,9 @@ impl Vfs {
             (node.parent, node.name.clone())
         };
         let place = self.place(parent).await?;
-        let key = place.key(&name);
-        names::check_key(&key)?;
-        Ok(Target {
-            store: place.location.store,
-            key,
-        })
+        let target = place.target(&name);
+        names::check_key(&target.key)?;
+        Ok(target)
     }
 
     pub async fn open(&self, inode: Inode, access: Access) -> VfsResult<Opened> {
@@ -89,8 +86,8 @@ impl Vfs {
                     keep_cache: false,
                 });
             }
-            Kind::Drain => {
-                let handle = self.handles.add_drain();
+            Kind::Order(order) => {
+                let handle = self.handles.add_order(order);
                 return Ok(Opened {
                     handle,
                     direct: true,
@@ -191,12 +188,8 @@ impl Vfs {
             Err(error) => return Err(error),
         }
         let place = self.place(parent).await?;
-        let key = place.key(text);
-        names::check_key(&key)?;
-        let target = Target {
-            store: place.location.store,
-            key,
-        };
+        let target = place.target(text);
+        names::check_key(&target.key)?;
         let file = File::new(None);
         let now = SystemTime::now();
         {
@@ -290,7 +283,7 @@ impl Vfs {
         data: &[u8],
         thread: u32,
     ) -> VfsResult<WriteOutcome> {
-        if self.handles.is_drain(handle) {
+        if self.handles.order(handle).is_some() {
             return Ok(WriteOutcome::Partial(0));
         }
         let handle = self.handles.file(handle)?;
@@ -314,9 +307,8 @@ impl Vfs {
 
     /// Writes all of `data`, waiting for room if need be.
     pub async fn write(self: &Arc<Self>, handle: u64, offset: u64, data: Bytes) -> VfsResult<()> {
-        if self.handles.is_drain(handle) {
-            self.begin_drain();
-            return Ok(());
+        if let Some(order) = self.handles.order(handle) {
+            return self.obey(order, &data).await;
         }
         let handle = self.handles.file(handle)?;
         let target = self.target(handle.inode).await?;
@@ -331,7 +323,7 @@ impl Vfs {
             .tree
             .lock()
             .get(inode)
-            .is_some_and(|node| matches!(node.kind, Kind::Drain))
+            .is_some_and(|node| matches!(node.kind, Kind::Order(_)))
         {
             return Ok(());
         }

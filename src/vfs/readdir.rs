@@ -9,7 +9,7 @@ use super::directory::Entry;
 use super::error::{VfsError, VfsResult};
 use super::lookup::{Place, exists_locally};
 use super::names::entries;
-use super::tree::{CONTROL, Inode, Kind};
+use super::tree::{CONTROL, CONTROLS, Inode, Kind};
 use super::{EntryAttributes, FileInfo, Vfs};
 use crate::catalog::{RunEntry, RunListing};
 
@@ -277,9 +277,9 @@ impl Vfs {
 }
 
 fn control_names() -> Vec<Listed> {
-    ["drain", "status"]
+    CONTROLS
         .into_iter()
-        .map(|name| Listed {
+        .map(|(name, _, _)| Listed {
             name: name.to_owned(),
             entry: Entry::File(FileInfo {
                 size: 0,

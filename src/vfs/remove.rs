@@ -123,7 +123,7 @@ impl Vfs {
         let (inode, _) = self.resolve(parent, name).await?;
         let file = match self.kind(inode)? {
             Kind::File(file) => file,
-            Kind::Status | Kind::Drain => return Err(VfsError::NOT_PERMITTED),
+            Kind::Status | Kind::Order(_) => return Err(VfsError::NOT_PERMITTED),
             _ => return Err(VfsError::IS_DIRECTORY),
         };
         let place = self.place(parent).await?;

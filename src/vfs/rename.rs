@@ -45,10 +45,7 @@ impl End<'_> {
     }
 
     fn target(&self) -> Target {
-        Target {
-            store: Arc::clone(&self.place.location.store),
-            key: self.key(),
-        }
+        self.place.target(self.name)
     }
 }
 
@@ -207,7 +204,7 @@ impl Vfs {
         let old: Vec<String> = objects.into_iter().map(|object| object.key).collect();
         store.delete(&old).await?;
         for (file_inode, file) in &files {
-            self.retarget_below(*file_inode, file, &below, &onto, &copied)
+            self.retarget_below(*file_inode, file, &below, &to.target(), &copied)
                 .await?;
         }
         from.place.directory.names.lock().change(from.name, None);
@@ -232,20 +229,24 @@ impl Vfs {
         inode: Inode,
         file: &File,
         below: &str,
-        onto: &str,
+        onto: &Target,
         copied: &[(String, FileInfo)],
     ) -> VfsResult<()> {
-        let Target { store, key } = self.target(inode).await?;
+        let Target { store, key, .. } = self.target(inode).await?;
         let Some(relative) = key.strip_prefix(below) else {
             return Ok(());
         };
-        let key = format!("{onto}{relative}");
-        if let Some((_, info)) = copied.iter().find(|(copied, _)| *copied == key) {
-            self.repoint(file, &store, &key, info);
+        let target = Target {
+            store,
+            key: format!("{}/{relative}", onto.key),
+            path: format!("{}/{relative}", onto.path),
+        };
+        if let Some((_, info)) = copied.iter().find(|(copied, _)| *copied == target.key) {
+            self.repoint(file, &target.store, &target.key, info);
         }
         let draft = file.state().draft.clone();
         if let Some(draft) = draft {
-            draft.retarget(Target { store, key }).await;
+            draft.retarget(target).await;
         }
         Ok(())
     }

@@ -24,9 +24,30 @@ pub const ROOT: Inode = 1;
 pub const CONTROL: Inode = 2;
 /// `.mlfs/status`.
 pub const STATUS: Inode = 3;
-/// `.mlfs/drain`.
-pub const DRAIN: Inode = 4;
+/// `.mlfs/drain`, `.mlfs/retry`, `.mlfs/discard`.
+const DRAIN: Inode = 4;
+const RETRY: Inode = 5;
+const DISCARD: Inode = 6;
 const FIRST_FREE: Inode = 16;
+
+/// What a running mount can be told, by writing to a file in `.mlfs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Send everything that is closed and not stored.
+    Drain,
+    /// Send these uploads again.
+    Retry,
+    /// Give these uploads up.
+    Discard,
+}
+
+/// The files of `.mlfs`: name, inode, and what they are.
+pub const CONTROLS: [(&str, Inode, Kind); 4] = [
+    ("status", STATUS, Kind::Status),
+    ("drain", DRAIN, Kind::Order(Order::Drain)),
+    ("retry", RETRY, Kind::Order(Order::Retry)),
+    ("discard", DISCARD, Kind::Order(Order::Discard)),
+];
 
 /// The state of a directory inside an artifact root, shared by those who list it.
 #[derive(Debug, Default)]
@@ -42,7 +63,8 @@ pub enum Kind {
     /// `.mlfs`.
     Control,
     Status,
-    Drain,
+    /// What is written to it is done.
+    Order(Order),
     /// A run's artifact root; its location is opened when somebody enters it.
     Run(RunEntry, Arc<DirectoryNode>),
     Directory(Arc<DirectoryNode>),
@@ -90,7 +112,7 @@ impl Node {
     /// Whether it must stay though the kernel has forgotten it.
     fn is_needed(&self) -> bool {
         match &self.kind {
-            Kind::Root | Kind::Control | Kind::Status | Kind::Drain => true,
+            Kind::Root | Kind::Control | Kind::Status | Kind::Order(_) => true,
             Kind::File(file) => file.is_needed(),
             Kind::Run(..) => !self.children.is_empty(),
             Kind::Directory(_) => (self.local && !self.unlinked) || !self.children.is_empty(),
@@ -107,12 +129,13 @@ impl Node {
 
 impl Tree {
     pub fn new(now: SystemTime) -> Self {
-        let nodes = HashMap::from([
+        let mut nodes = HashMap::from([
             (ROOT, Node::new(ROOT, "", Kind::Root, now)),
             (CONTROL, Node::new(ROOT, ".mlfs", Kind::Control, now)),
-            (STATUS, Node::new(CONTROL, "status", Kind::Status, now)),
-            (DRAIN, Node::new(CONTROL, "drain", Kind::Drain, now)),
         ]);
+        nodes.extend(
+            CONTROLS.map(|(name, inode, kind)| (inode, Node::new(CONTROL, name, kind, now))),
+        );
         Self {
             nodes,
             next: FIRST_FREE,
@@ -240,6 +263,15 @@ impl Tree {
                 .nodes
                 .get(&inode)
                 .map_or_else(String::new, |node| node.name.clone()),
+        }
+    }
+
+    /// What directories were listed to hold is asked for again.
+    pub fn forget_listings(&self) {
+        for node in self.nodes.values() {
+            if let Kind::Run(_, directory) | Kind::Directory(directory) = &node.kind {
+                directory.names.lock().forget();
+            }
         }
     }
 

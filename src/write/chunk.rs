@@ -58,6 +58,16 @@ pub(super) struct Chunk {
     pub queued: bool,
     /// When it was last written to, by the writer's clock.
     pub touched: u64,
+    /// On disk too, for the journal, while the data is in memory.
+    pub copy: Option<DiskCopy>,
+}
+
+/// A copy of a run as it was once.
+#[derive(Clone, Debug)]
+pub(super) struct DiskCopy {
+    pub version: u64,
+    pub local: Range<u64>,
+    pub file: Arc<SpillFile>,
 }
 
 /// Shares a buffer with a request body without copying it.
@@ -102,6 +112,7 @@ impl Chunk {
             sent: None,
             queued: false,
             touched: 0,
+            copy: None,
         })
     }
 
@@ -188,6 +199,19 @@ impl Chunk {
             buffer: Arc::clone(buffer),
             range,
         }))
+    }
+
+    /// The file that holds the run as it is now.
+    pub fn on_disk(&self) -> Option<&Arc<SpillFile>> {
+        match &self.data {
+            Data::Spilled(file) => Some(file),
+            Data::GivenUp => None,
+            Data::Memory(_) => self
+                .copy
+                .as_ref()
+                .filter(|copy| copy.version == self.version && copy.local == self.local)
+                .map(|copy| &copy.file),
+        }
     }
 
     /// Bytes of memory held.

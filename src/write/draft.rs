@@ -12,6 +12,7 @@ use super::Writer;
 use super::chunk::{Chunk, Refusal};
 use super::error::WriteError;
 use super::geometry::Geometry;
+use super::journal::{Journal, Record, now};
 use crate::read::{ObjectReader, Segments, Source};
 use crate::store::{Store, StoreError};
 
@@ -20,6 +21,8 @@ use crate::store::{Store, StoreError};
 pub struct Target {
     pub store: Arc<dyn Store>,
     pub key: String,
+    /// Below the mount point, for people.
+    pub path: String,
 }
 
 impl Target {
@@ -72,11 +75,21 @@ pub(super) struct State {
     /// The file was unlinked: nothing of it will be published.
     pub detached: bool,
     pub failure: Option<String>,
+    /// Begun with the first thing that a crash must not make anybody forget.
+    pub journal: Option<Arc<Journal>>,
+    /// The disk took no journal; it is not asked again.
+    pub journal_failed: bool,
+    /// The journal's last manifest is of the file as it is.
+    pub recorded: bool,
 }
 
 /// A file that is being written.
 #[derive(Debug)]
 pub struct Draft {
+    /// Names it to people, and its files in the spill directory.
+    pub(super) id: String,
+    /// Seconds since 1970.
+    pub(super) since: u64,
     pub(super) writer: Arc<Writer>,
     pub(super) state: Mutex<State>,
     /// One publication, retargeting or creation of an upload at a time.
@@ -124,8 +137,22 @@ impl Draft {
             sequential: true,
             detached: false,
             failure: None,
+            journal: None,
+            journal_failed: false,
+            recorded: false,
         };
+        Self::with_state(writer, new_id(), now(), state)
+    }
+
+    pub(super) fn with_state(
+        writer: &Arc<Writer>,
+        id: String,
+        since: u64,
+        state: State,
+    ) -> Arc<Self> {
         let draft = Arc::new(Self {
+            id,
+            since,
             writer: Arc::clone(writer),
             state: Mutex::new(state),
             publishing: tokio::sync::Mutex::new(()),
@@ -134,6 +161,16 @@ impl Draft {
         });
         writer.register(&draft);
         draft
+    }
+
+    /// Names it to people, for as long as it is not wholly in the store.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// When it was begun, in seconds since 1970.
+    pub fn since(&self) -> u64 {
+        self.since
     }
 
     /// Bytes of the file now.
@@ -341,6 +378,7 @@ impl Draft {
         if state.chunks.is_empty() && state.upload.is_none() {
             state.geometry = Geometry::new(self.writer.options.part_size, size);
         }
+        state.note_change();
         state.generation += 1;
         state.size = size;
         state.base_limit = state.base_limit.min(size);
@@ -376,6 +414,11 @@ impl Draft {
     }
 }
 
+/// Eight hexadecimal digits: short enough to type, and unlikely to be another draft's.
+fn new_id() -> String {
+    format!("{:08x}", rand::random::<u32>())
+}
+
 enum Step {
     Bytes(Bytes),
     Zeros(u64),
@@ -387,6 +430,14 @@ enum Step {
 const LONGEST_STEP: u64 = 4 << 20;
 
 impl State {
+    /// The file is about to be another than the journal has it: told first, for a chunk on disk is
+    /// changed where it lies.
+    pub(super) fn note_change(&mut self) {
+        if std::mem::take(&mut self.recorded) {
+            self.note(&Record::Changed);
+        }
+    }
+
     fn write_chunk(
         &mut self,
         writer: &Writer,
@@ -398,6 +449,7 @@ impl State {
         let relative = at - bounds.start;
         let whole = bounds.end - bounds.start;
         let new_end = at + data.len() as u64;
+        self.note_change();
         match self.chunks.get_mut(&index) {
             Some(chunk) => match chunk.write(&writer.memory, relative, data, whole) {
                 Ok(()) => {}

@@ -32,6 +32,18 @@ impl Geometry {
         Self { first }
     }
 
+    /// A cut that was made before, by the size of its first chunks.
+    pub fn of_first(first: u64) -> Self {
+        Self {
+            first: first.max(1),
+        }
+    }
+
+    /// Bytes of the first chunks.
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
     /// The largest file, bytes.
     pub fn capacity(&self) -> u64 {
         (0..STEPS)

@@ -14,6 +14,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use super::chunk::Data;
 use super::draft::{Draft, State, Target};
 use super::error::WriteError;
+use super::journal::Record;
 use super::send::Outgoing;
 use crate::budget::Class;
 use crate::read::Source;
@@ -31,6 +32,8 @@ struct Snapshot {
 
 /// What was published: which version of which chunk.
 type Versions = BTreeMap<u32, u64>;
+/// A part that the store holds: its chunk, the version, the receipt.
+type SentPart = (u32, u64, PartReceipt);
 
 /// What to do for one part.
 enum Action {
@@ -112,6 +115,7 @@ impl Draft {
             (state.target.clone(), state.condition(), single)
         };
         if single {
+            self.record_close().await;
             self.put(&target, snapshot.size, condition).await
         } else {
             self.complete(&target, snapshot.size, condition).await
@@ -157,16 +161,9 @@ impl Draft {
         condition: Condition,
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
         let upload = self.upload().await?;
-        let chunks = self.state.lock().geometry.chunks(size);
-        let parts: Vec<Option<(u32, u64, PartReceipt)>> = stream::iter(chunks)
-            .map(|index| {
-                let draft = Arc::clone(self);
-                async move { draft.part(index, size).await }
-            })
-            .buffered(self.writer.options.transfers.max(1) * 2)
-            .try_collect()
-            .await?;
-        let Some(parts) = parts.into_iter().collect::<Option<Vec<_>>>() else {
+        // Side by side; the file must be in the journal before the store has it under its name.
+        let (parts, ()) = tokio::join!(self.parts(size), self.record_close());
+        let Some(parts) = parts? else {
             return Ok(None);
         };
         let versions = parts
@@ -200,12 +197,32 @@ impl Draft {
         Ok(Some((stored, versions)))
     }
 
+    /// Writes down that the file is closed and where its bytes are, so that the next mount stores
+    /// it if this one is killed. Where that cannot be done it is stored all the same.
+    async fn record_close(self: &Arc<Self>) {
+        if let Err(error) = self.record(true, false).await {
+            tracing::warn!(object = self.target().object(), %error,
+                "not in the journal: a crash before it is stored would lose this file");
+        }
+    }
+
+    /// Makes sure that the store holds every part of a file of `size` bytes; `None` when the file
+    /// has become shorter.
+    async fn parts(self: &Arc<Self>, size: u64) -> Result<Option<Vec<SentPart>>, WriteError> {
+        let chunks = self.state.lock().geometry.chunks(size);
+        let parts: Vec<Option<SentPart>> = stream::iter(chunks)
+            .map(|index| {
+                let draft = Arc::clone(self);
+                async move { draft.part(index, size).await }
+            })
+            .buffered(self.writer.options.transfers.max(1) * 2)
+            .try_collect()
+            .await?;
+        Ok(parts.into_iter().collect())
+    }
+
     /// Makes sure that the store holds part `index` of a file of `size` bytes.
-    async fn part(
-        self: Arc<Self>,
-        index: u32,
-        size: u64,
-    ) -> Result<Option<(u32, u64, PartReceipt)>, WriteError> {
+    async fn part(self: Arc<Self>, index: u32, size: u64) -> Result<Option<SentPart>, WriteError> {
         loop {
             let waiting = self.sent.notified();
             tokio::pin!(waiting);
@@ -239,7 +256,7 @@ impl Draft {
                     let _permit = self.permit().await?;
                     let upload = self.upload().await?;
                     let (payload, _reservation) = self.load(range).await?;
-                    let Target { store, key } = &upload.target;
+                    let Target { store, key, .. } = &upload.target;
                     let receipt = store
                         .upload_part(key, &upload.id, index + 1, payload)
                         .await?;
@@ -257,7 +274,7 @@ impl Draft {
     ) -> Result<PartReceipt, WriteError> {
         let _permit = self.permit().await?;
         let upload = self.upload().await?;
-        let Target { store, key } = &upload.target;
+        let Target { store, key, .. } = &upload.target;
         let etag = base.etag.as_ref();
         Ok(store
             .copy_part(key, &upload.id, index + 1, &base.key, range, etag)
@@ -296,11 +313,18 @@ impl Draft {
         for chunk in state.chunks.values_mut() {
             chunk.sent = None;
         }
+        // What was written since begins a journal of its own.
+        state.journal = None;
+        state.recorded = false;
     }
 
     fn note_failure(&self, error: &WriteError) {
         let mut state = self.state.lock();
-        state.failure = Some(error.to_string());
+        let reason = error.to_string();
+        state.note(&Record::Failed {
+            reason: reason.clone(),
+        });
+        state.failure = Some(reason);
         if matches!(error, WriteError::Store(StoreError::UploadGone { .. })) {
             state.upload = None;
             for chunk in state.chunks.values_mut() {
@@ -329,6 +353,8 @@ impl Draft {
         }
         state.held = target.looks_temporary();
         state.target = target;
+        let destination = state.destination();
+        state.note(&destination);
         if !state.held && !state.detached {
             self.queue_full_chunks(&mut state);
         }
@@ -341,58 +367,32 @@ impl Draft {
         let mut state = self.state.lock();
         state.detached = true;
         state.failure = None;
+        state.journal = None;
         self.abandon_upload(&mut state);
     }
 
-    /// Makes what was written durable on local disk.
-    pub async fn synchronise(self: &Arc<Self>) -> Result<(), WriteError> {
-        let indices: Vec<u32> = {
-            let state = self.state.lock();
-            if state.detached {
-                return Ok(());
-            }
-            state.chunks.keys().copied().collect()
-        };
-        for index in indices {
-            let range = {
-                let state = self.state.lock();
-                state.geometry.range(index)
-            };
-            let sent = {
-                let state = self.state.lock();
-                let length = range.end - range.start;
-                state
-                    .chunks
-                    .get(&index)
-                    .is_none_or(|chunk| chunk.is_sent(length))
-            };
-            if !sent {
-                self.synchronise_chunk(index).await?;
-            }
+    /// Puts the file on disk, for the next mount to go on with; `closed` says that nobody writes to
+    /// it any more.
+    ///
+    /// # Errors
+    /// As [`Self::synchronise`].
+    pub async fn keep(self: &Arc<Self>, closed: bool) -> Result<(), WriteError> {
+        if self.record(closed, true).await? {
+            return Ok(());
         }
-        Ok(())
+        let object = self.target().object();
+        Err(WriteError::NoRoom { object })
     }
-}
 
-impl Draft {
-    /// Makes one chunk durable, as it is now; a write that comes between makes it try again.
-    async fn synchronise_chunk(self: &Arc<Self>, index: u32) -> Result<(), WriteError> {
-        for _ in 0..ATTEMPTS {
-            if !self.writer.spill_chunk(self, index, true).await? {
-                let object = self.target().object();
-                return Err(WriteError::NoRoom { object });
-            }
-            let in_memory = {
-                let state = self.state.lock();
-                let chunk = state.chunks.get(&index);
-                chunk.is_some_and(|chunk| matches!(chunk.data, Data::Memory(_)))
-            };
-            if !in_memory {
-                return Ok(());
-            }
+    /// Makes what was written durable, on local disk or in the unfinished upload.
+    ///
+    /// # Errors
+    /// `NoRoom` when the spill has none for what is in memory only.
+    pub async fn synchronise(self: &Arc<Self>) -> Result<(), WriteError> {
+        if !self.is_dirty() {
+            return Ok(());
         }
-        // Somebody writes to it all the time: what was there when this began is on disk.
-        Ok(())
+        self.keep(false).await
     }
 }
 

@@ -15,7 +15,6 @@ use super::chunk::Data;
 use super::draft::Draft;
 use super::error::WriteError;
 use super::send::task_lost;
-use super::spill::SpillFile;
 
 /// How long to wait for bytes to come back before looking again at what could give way.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -111,41 +110,44 @@ impl Writer {
         let Some((draft, index)) = candidate else {
             return Ok(false);
         };
-        self.spill_chunk(&draft, index, false).await
+        self.spill_chunk(&draft, index).await
     }
 
-    /// Moves one chunk to disk; with `synchronise` it is durable there, and its memory is kept no
-    /// longer either. False when the spill is full.
-    pub(super) async fn spill_chunk(
+    /// Moves one chunk to disk; false when the spill is full.
+    async fn spill_chunk(
         self: &Arc<Self>,
         draft: &Arc<Draft>,
         index: u32,
-        synchronise: bool,
     ) -> Result<bool, WriteError> {
-        let (bytes, local, version, already) = {
+        let (bytes, local, version, copied) = {
             let state = draft.state.lock();
             let Some(chunk) = state.chunks.get(&index) else {
                 return Ok(true);
             };
-            let already = match &chunk.data {
-                Data::Spilled(file) => Some(Arc::clone(file)),
-                Data::Memory(_) => None,
-                Data::GivenUp => return Ok(true),
-            };
-            (chunk.share(), chunk.local.clone(), chunk.version, already)
+            if matches!(chunk.data, Data::GivenUp) {
+                return Ok(true);
+            }
+            let copied = chunk.on_disk().cloned();
+            (chunk.share(), chunk.local.clone(), chunk.version, copied)
         };
-        let file = match already {
+        let file = match copied {
             Some(file) => file,
-            None => match self.spill.create(local.end) {
-                Some(file) => Arc::new(file?),
-                None => return Ok(false),
-            },
+            None => {
+                let file = match self.spill.create(&draft.id, local.end) {
+                    Some(file) => Arc::new(file?),
+                    None => return Ok(false),
+                };
+                let written = Arc::clone(&file);
+                let start = local.start;
+                tokio::task::spawn_blocking(move || match bytes {
+                    Some(bytes) => written.write(&bytes, start),
+                    None => Ok(()),
+                })
+                .await
+                .map_err(|error| task_lost(draft, &error))??;
+                file
+            }
         };
-        let written = Arc::clone(&file);
-        let start = local.start;
-        tokio::task::spawn_blocking(move || save(&written, bytes.as_deref(), start, synchronise))
-            .await
-            .map_err(|error| task_lost(draft, &error))??;
         let mut state = draft.state.lock();
         if let Some(chunk) = state.chunks.get_mut(&index)
             && chunk.version == version
@@ -170,21 +172,5 @@ impl Writer {
             }
         }
         queued > 0
-    }
-}
-
-fn save(
-    file: &SpillFile,
-    bytes: Option<&[u8]>,
-    start: u64,
-    synchronise: bool,
-) -> Result<(), WriteError> {
-    if let Some(bytes) = bytes {
-        file.write(bytes, start)?;
-    }
-    if synchronise {
-        file.synchronise()
-    } else {
-        Ok(())
     }
 }

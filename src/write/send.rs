@@ -8,6 +8,7 @@ use bytes::Bytes;
 use super::chunk::{Data, Sent};
 use super::draft::{Draft, State, Target, Upload};
 use super::error::WriteError;
+use super::journal::{Part, Record};
 use super::spill::SpillFile;
 use crate::budget::{Class, Reservation};
 use crate::store::{PartReceipt, Payload, StoreError, checksum};
@@ -178,7 +179,7 @@ impl Draft {
         };
         let version = outgoing.version;
         let (payload, _reservation) = outgoing.payload(self).await?;
-        let Target { store, key } = &upload.target;
+        let Target { store, key, .. } = &upload.target;
         let receipt = store
             .upload_part(key, &upload.id, index + 1, payload)
             .await?;
@@ -195,6 +196,7 @@ impl Draft {
                 version,
                 receipt: receipt.clone(),
             });
+            state.note(&Record::Part(Part::new(index, version, &receipt)));
         }
         Ok(current.then_some((version, receipt)))
     }
@@ -211,7 +213,13 @@ impl Draft {
         };
         let id = target.store.create_multipart(&target.key).await?;
         let upload = Upload { target, id };
-        self.state.lock().upload = Some(upload.clone());
+        let mut state = self.state.lock();
+        self.begin_journal(&mut state);
+        state.note(&Record::Upload {
+            key: upload.target.key.clone(),
+            id: upload.id.clone(),
+        });
+        state.upload = Some(upload.clone());
         Ok(upload)
     }
 
@@ -223,6 +231,8 @@ impl Draft {
         let Some(Upload { target, id }) = state.upload.take() else {
             return;
         };
+        // A manifest may count on parts of it.
+        state.note_change();
         self.writer.runtime.spawn(async move {
             if let Err(error) = target.store.abort_multipart(&target.key, &id).await {
                 tracing::warn!(object = target.object(), %error,

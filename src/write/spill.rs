@@ -1,34 +1,143 @@
-//! Chunks on local disk: named files in a directory that belongs to this mount alone.
+//! Chunks on local disk: named files in a directory that belongs to this mount alone, and is taken
+//! over by the next mount when this one is gone.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use super::error::WriteError;
 use crate::budget::{Budget, Class, Reservation};
+use crate::store::checksum;
 
-/// The spill directory of one mount, locked for as long as the mount lives.
+/// One mount's folder below the spill directory, locked for as long as anybody holds it.
 #[derive(Debug)]
-pub struct Spill {
-    directory: PathBuf,
-    budget: Arc<Budget>,
-    next: AtomicU64,
+pub(super) struct SpillDirectory {
+    path: PathBuf,
+    /// What is in it stays when its owners go: a mount has to end before everything is sent.
+    kept: AtomicBool,
     /// Held to keep the lock.
     _lock: File,
 }
 
-/// One chunk on disk. Offsets are relative to the chunk's start. Dropping it deletes the file.
+/// What a mount may put on local disk, and where.
+#[derive(Debug)]
+pub struct Spill {
+    parent: PathBuf,
+    directory: Arc<SpillDirectory>,
+    budget: Arc<Budget>,
+    next: AtomicU64,
+}
+
+/// One chunk on disk. Offsets are relative to the chunk's start. Dropping it deletes the file, if
+/// it is owned and its directory is not kept.
 #[derive(Debug)]
 pub(super) struct SpillFile {
     file: File,
-    path: PathBuf,
+    name: String,
+    directory: Arc<SpillDirectory>,
+    /// Deleted with this value.
+    owned: AtomicBool,
     reservation: Mutex<Reservation>,
     budget: Arc<Budget>,
+}
+
+/// Bytes read at once for a checksum.
+const STEP: usize = 1 << 20;
+const LOCK: &str = "lock";
+/// How the names of mounts' folders begin.
+const MOUNT: &str = "mount-";
+
+impl SpillDirectory {
+    /// Makes a folder of this process's own.
+    fn create(parent: &Path) -> io::Result<Arc<Self>> {
+        let name = format!("{}-{:08x}", std::process::id(), rand::random::<u32>());
+        // Under another name until it is locked, so that nobody takes it for abandoned.
+        let unready = parent.join(format!("unready-{name}"));
+        std::fs::DirBuilder::new().mode(0o700).create(&unready)?;
+        let lock = File::create(unready.join(LOCK))?;
+        lock.lock()?;
+        let path = parent.join(format!("{MOUNT}{name}"));
+        std::fs::rename(&unready, &path)?;
+        Ok(Arc::new(Self {
+            path,
+            kept: AtomicBool::new(false),
+            _lock: lock,
+        }))
+    }
+
+    /// Takes over a folder whose mount is gone; `None` when its mount lives.
+    fn adopt(path: PathBuf) -> Option<Arc<Self>> {
+        let lock = File::open(path.join(LOCK)).ok()?;
+        match lock.try_lock() {
+            Ok(()) => Some(Arc::new(Self {
+                path,
+                kept: AtomicBool::new(false),
+                _lock: lock,
+            })),
+            Err(TryLockError::WouldBlock | TryLockError::Error(_)) => None,
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Files stay from now on, whoever lets go of them.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes the names in it durable.
+    pub fn synchronise(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+
+    /// Removes a file that nobody needs any more.
+    pub fn remove(&self, path: &Path) {
+        if self.kept.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "spill file not removed");
+        }
+    }
+
+    /// The names of the files in it, without the lock's.
+    pub fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&self.path)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name != LOCK {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    #[cfg(test)]
+    pub fn for_tests(parent: &Path) -> Arc<Self> {
+        Self::create(parent).unwrap()
+    }
+}
+
+impl Drop for SpillDirectory {
+    fn drop(&mut self) {
+        // Somebody may wait for the lock's file: it goes last, and only with the folder.
+        if self.names().is_ok_and(|names| names.is_empty()) {
+            let removed = std::fs::remove_file(self.path.join(LOCK))
+                .and_then(|()| std::fs::remove_dir(&self.path));
+            if let Err(error) = removed {
+                tracing::warn!(directory = %self.path.display(), %error,
+                    "spill directory not removed");
+            }
+        }
+    }
 }
 
 impl Spill {
@@ -38,37 +147,46 @@ impl Spill {
             .recursive(true)
             .mode(0o700)
             .create(parent)?;
-        remove_abandoned(parent);
-        for attempt in 0..1000_u32 {
-            let directory = parent.join(format!("mount-{}-{attempt}", std::process::id()));
-            match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-                Err(error) => return Err(error),
-            }
-            let lock = File::create(directory.join("lock"))?;
-            lock.lock()?;
-            return Ok(Arc::new(Self {
-                directory,
-                budget: Budget::plain(limit),
-                next: AtomicU64::new(0),
-                _lock: lock,
-            }));
-        }
-        Err(io::Error::other(
-            "a thousand spill directories of this process exist already",
-        ))
+        Ok(Arc::new(Self {
+            parent: parent.to_owned(),
+            directory: SpillDirectory::create(parent)?,
+            budget: Budget::plain(limit),
+            next: AtomicU64::new(0),
+        }))
     }
 
     pub fn budget(&self) -> &Arc<Budget> {
         &self.budget
     }
 
-    /// A file for `bytes` bytes, or nothing when the spill's limit is reached.
-    pub(super) fn create(&self, bytes: u64) -> Option<Result<SpillFile, WriteError>> {
+    pub(super) fn directory(&self) -> &Arc<SpillDirectory> {
+        &self.directory
+    }
+
+    /// The folders of mounts that are gone, now this one's. Empty ones are removed on the way.
+    pub(super) fn abandoned(&self) -> Vec<Arc<SpillDirectory>> {
+        let Ok(entries) = std::fs::read_dir(&self.parent) else {
+            return Vec::new();
+        };
+        entries
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(MOUNT))
+            .filter(|entry| entry.path() != self.directory.path)
+            .filter_map(|entry| SpillDirectory::adopt(entry.path()))
+            .filter(|directory| directory.names().is_ok_and(|names| !names.is_empty()))
+            .collect()
+    }
+
+    /// A number that no other file of this directory has in its name.
+    pub(super) fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A file for `bytes` bytes of the draft `id`, or nothing when the spill's limit is reached.
+    pub(super) fn create(&self, id: &str, bytes: u64) -> Option<Result<SpillFile, WriteError>> {
         let reservation = self.budget.try_reserve(Class::Write, bytes)?;
-        let name = format!("chunk-{}", self.next.fetch_add(1, Ordering::Relaxed));
-        let path = self.directory.join(name);
+        let name = format!("{id}-{}", self.number());
+        let path = self.directory.path.join(&name);
         let opened = OpenOptions::new()
             .read(true)
             .write(true)
@@ -78,7 +196,9 @@ impl Spill {
         Some(match opened {
             Ok(file) => Ok(SpillFile {
                 file,
-                path,
+                name,
+                directory: Arc::clone(&self.directory),
+                owned: AtomicBool::new(true),
                 reservation: Mutex::new(reservation),
                 budget: Arc::clone(&self.budget),
             }),
@@ -88,51 +208,50 @@ impl Spill {
             }),
         })
     }
-}
 
-impl Drop for Spill {
-    fn drop(&mut self) {
-        let removed = std::fs::remove_file(self.directory.join("lock"))
-            .and_then(|()| std::fs::remove_dir(&self.directory));
-        if let Err(error) = removed {
-            tracing::warn!(directory = %self.directory.display(), %error,
-                "spill directory not removed");
-        }
-    }
-}
-
-/// Removes empty directories of mounts that are gone. One that holds data is kept.
-fn remove_abandoned(parent: &Path) {
-    let Ok(entries) = std::fs::read_dir(parent) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let lock_path = entry.path().join("lock");
-        let Ok(lock) = File::open(&lock_path) else {
-            continue;
-        };
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock | TryLockError::Error(_)) => continue,
-        }
-        let only_lock = std::fs::read_dir(entry.path())
-            .is_ok_and(|files| files.flatten().all(|file| file.path() == lock_path));
-        if only_lock {
-            let _ = std::fs::remove_file(&lock_path);
-            let _ = std::fs::remove_dir(entry.path());
-        } else {
-            tracing::warn!(directory = %entry.path().display(),
-                "a former mount left unsent data here; it is kept");
-        }
+    /// A chunk of a former mount, which is not deleted with the value before [`SpillFile::own`].
+    /// Its bytes are on the disk already: they count, even beyond the limit.
+    pub(super) fn adopt(
+        &self,
+        directory: &Arc<SpillDirectory>,
+        name: &str,
+    ) -> io::Result<SpillFile> {
+        let path = directory.path.join(name);
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let reservation = self
+            .budget
+            .reserve_regardless(Class::Write, file.metadata()?.len());
+        Ok(SpillFile {
+            file,
+            name: name.to_owned(),
+            directory: Arc::clone(directory),
+            owned: AtomicBool::new(false),
+            reservation: Mutex::new(reservation),
+            budget: Arc::clone(&self.budget),
+        })
     }
 }
 
 impl SpillFile {
     fn error(&self, source: io::Error) -> WriteError {
         WriteError::Spill {
-            path: self.path.display().to_string(),
+            path: self.path().display().to_string(),
             source,
         }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path.join(&self.name)
+    }
+
+    /// Deletes it with this value from now on.
+    pub fn own(&self) {
+        self.owned.store(true, Ordering::Relaxed);
+    }
+
+    /// Its name within the directory.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub fn write(&self, data: &[u8], offset: u64) -> Result<(), WriteError> {
@@ -145,6 +264,20 @@ impl SpillFile {
         self.file
             .read_exact_at(data, offset)
             .map_err(|error| self.error(error))
+    }
+
+    /// CRC32C of a range.
+    pub fn checksum(&self, range: Range<u64>) -> Result<u32, WriteError> {
+        let mut crc = checksum::crc32c(&[]);
+        let mut buffer = vec![0; STEP.min((range.end - range.start) as usize)];
+        let mut at = range.start;
+        while at < range.end {
+            let length = buffer.len().min((range.end - at) as usize);
+            self.read(&mut buffer[..length], at)?;
+            crc = checksum::crc32c_update(crc, &buffer[..length]);
+            at += length as u64;
+        }
+        Ok(crc)
     }
 
     pub fn synchronise(&self) -> Result<(), WriteError> {
@@ -169,8 +302,8 @@ impl SpillFile {
 
 impl Drop for SpillFile {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "spill file not removed");
+        if *self.owned.get_mut() {
+            self.directory.remove(&self.path());
         }
     }
 }

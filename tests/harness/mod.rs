@@ -110,6 +110,13 @@ impl Lab {
             .put(BUCKET, &format!("{PREFIX}/{path}"), bytes.into());
     }
 
+    /// As [`Self::put`], a minute later by the store's clock.
+    pub fn put_later(&self, path: &str, bytes: impl Into<Vec<u8>>) {
+        let key = format!("{PREFIX}/{path}");
+        let later = std::time::SystemTime::now() + Duration::from_secs(60);
+        self.s3.put_at(BUCKET, &key, bytes.into(), later);
+    }
+
     /// Names of the run's artifacts in the store.
     pub fn names(&self) -> Vec<String> {
         let prefix = format!("{PREFIX}/");

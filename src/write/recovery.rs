@@ -1,0 +1,422 @@
+//! What former mounts left in the spill directory, and going on with it.
+//!
+//! A folder is taken over with its lock, so that no two mounts ever go on with the same journal.
+//! Nothing here is sent without somebody's decision: [`Writer::leftovers`] tells what there is,
+//! [`Leftover::resume`] makes a draft of it again, [`Leftover::discard`] gives it up.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use futures_util::TryStreamExt;
+
+use super::Writer;
+use super::chunk::{Chunk, Data, Sent};
+use super::draft::{Draft, State, Target, Upload};
+use super::geometry::Geometry;
+use super::journal::{self, ChunkRecord, Journal, Manifest, Replayed};
+use super::spill::{SpillDirectory, SpillFile};
+use crate::read::Source;
+use crate::store::{ETag, PartReceipt, Store, StoreError, checksum};
+
+/// The store's clock may be behind ours by this much without an object passing for older.
+const CLOCK_SLACK: Duration = Duration::from_secs(2);
+
+/// A draft of a mount that is gone.
+#[derive(Debug)]
+pub struct Leftover {
+    id: String,
+    replayed: Replayed,
+    journal: PathBuf,
+    /// Names of the draft's chunk files.
+    files: Vec<String>,
+    /// Bytes of them.
+    on_disk: u64,
+    directory: Arc<SpillDirectory>,
+}
+
+/// Why a leftover cannot be made a draft again. It stays where it is.
+#[derive(Debug, thiserror::Error)]
+pub enum ResumeError {
+    #[error("its writer had not closed it when the mount ended")]
+    Unfinished,
+    #[error("bytes {}..{} are neither on disk nor in the store any more", .0.start, .0.end)]
+    Lost(Range<u64>),
+    #[error("spill file: {0}")]
+    Disk(#[from] io::Error),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Writer {
+    /// What former mounts of this server left. Their folders are this mount's from now on. Files
+    /// that no journal speaks of are removed: nobody could say what they were.
+    pub fn leftovers(&self) -> Vec<Leftover> {
+        let mut found = Vec::new();
+        for directory in self.spill.abandoned() {
+            match leftovers_in(&directory, &self.options.tracking) {
+                Ok(leftovers) => found.extend(leftovers),
+                Err(error) => tracing::warn!(directory = %directory.path().display(), %error,
+                    "what a former mount left here cannot be read; it stays"),
+            }
+        }
+        found
+    }
+}
+
+fn leftovers_in(directory: &Arc<SpillDirectory>, tracking: &str) -> io::Result<Vec<Leftover>> {
+    let names = directory.names()?;
+    let mut found = Vec::new();
+    let mut chunks: HashMap<&str, Vec<&str>> = HashMap::new();
+    for name in names.iter().filter(|name| !journal::is_journal(name)) {
+        chunks.entry(journal::id_of(name)).or_default().push(name);
+    }
+    for name in names.iter().filter(|name| journal::is_journal(name)) {
+        let path = directory.path().join(name);
+        let (records, _) = journal::read(&path)?;
+        let Some(replayed) = Replayed::from_records(records) else {
+            // Torn before it said what it is of: nothing was sent, nothing was promised.
+            directory.remove(&path);
+            continue;
+        };
+        if replayed.begin.tracking != tracking {
+            // One mount is of one server: all of the folder is another's.
+            return Ok(Vec::new());
+        }
+        let id = journal::id_of(name);
+        let files: Vec<String> = chunks
+            .remove(id)
+            .unwrap_or_default()
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        let on_disk = files
+            .iter()
+            .filter_map(|file| Some(directory.path().join(file).metadata().ok()?.len()))
+            .sum();
+        found.push(Leftover {
+            id: id.to_owned(),
+            replayed,
+            journal: path,
+            files,
+            on_disk,
+            directory: Arc::clone(directory),
+        });
+    }
+    for name in chunks.into_values().flatten() {
+        directory.remove(&directory.path().join(name));
+    }
+    Ok(found)
+}
+
+impl Leftover {
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Below the mount point.
+    pub fn path(&self) -> &str {
+        &self.replayed.destination.path
+    }
+
+    /// `s3://bucket`.
+    pub fn store(&self) -> &str {
+        &self.replayed.destination.store
+    }
+
+    pub fn key(&self) -> &str {
+        &self.replayed.destination.key
+    }
+
+    /// When it was begun, in seconds since 1970.
+    pub fn since(&self) -> u64 {
+        self.replayed.begin.since
+    }
+
+    /// Bytes of the file, or as many as are known of.
+    pub fn size(&self) -> u64 {
+        match &self.replayed.manifest {
+            Some(manifest) => manifest.size,
+            None => {
+                self.replayed
+                    .parts
+                    .iter()
+                    .map(|part| part.size)
+                    .sum::<u64>()
+                    + self.on_disk
+            }
+        }
+    }
+
+    /// When its writer closed it, in seconds since 1970; `None` if that did not happen.
+    pub fn closed_at(&self) -> Option<u64> {
+        let manifest = self.replayed.manifest.as_ref();
+        manifest.filter(|it| it.closed).map(|it| it.at)
+    }
+
+    /// Why it was not stored when its mount lived, if that was tried.
+    pub fn failure(&self) -> Option<&str> {
+        self.replayed.failure.as_deref()
+    }
+
+    /// Makes it a draft again: what its disk and its upload still hold is checked, and is not sent
+    /// again where the store has it. Publishing it is the caller's.
+    ///
+    /// # Errors
+    /// Gives the leftover back, unchanged, with the reason.
+    pub async fn resume(
+        self,
+        writer: &Arc<Writer>,
+        store: &Arc<dyn Store>,
+    ) -> Result<Arc<Draft>, (Self, ResumeError)> {
+        match self.rebuild(writer, store).await {
+            Ok(draft) => Ok(draft),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    async fn rebuild(
+        &self,
+        writer: &Arc<Writer>,
+        store: &Arc<dyn Store>,
+    ) -> Result<Arc<Draft>, ResumeError> {
+        let manifest = self.replayed.manifest.as_ref();
+        let manifest = manifest.filter(|manifest| manifest.closed);
+        let manifest = manifest.ok_or(ResumeError::Unfinished)?.clone();
+        let held = self.held_parts(store).await?;
+        let geometry = Geometry::of_first(manifest.part_size);
+        let mut chunks = BTreeMap::new();
+        for record in &manifest.chunks {
+            let receipt = self.receipt(record, &held);
+            let file = self.chunk_file(writer, record).await?;
+            let data = match (file, &receipt) {
+                (Some(file), _) => Data::Spilled(Arc::new(file)),
+                (None, Some(_)) => Data::GivenUp,
+                (None, None) => {
+                    let range = geometry.range(record.index);
+                    return Err(ResumeError::Lost(
+                        range.start + record.start..range.start + record.end,
+                    ));
+                }
+            };
+            chunks.insert(record.index, chunk(record, data, receipt));
+        }
+        let reopened = Journal::reopen(&self.directory, self.journal.clone())?;
+        // Nothing can fail any more.
+        for chunk in chunks.values() {
+            if let Data::Spilled(file) = &chunk.data {
+                file.own();
+            }
+        }
+        let state = self.state(writer, store, manifest, chunks, reopened);
+        Ok(Draft::with_state(
+            writer,
+            self.id.clone(),
+            self.since(),
+            state,
+        ))
+    }
+
+    fn state(
+        &self,
+        writer: &Arc<Writer>,
+        store: &Arc<dyn Store>,
+        manifest: Manifest,
+        chunks: BTreeMap<u32, Chunk>,
+        journal: Journal,
+    ) -> State {
+        let target = |key: &str| Target {
+            store: Arc::clone(store),
+            key: key.to_owned(),
+            path: self.path().to_owned(),
+        };
+        let upload = self.replayed.upload.as_ref().map(|(key, id)| Upload {
+            target: target(key),
+            id: id.clone(),
+        });
+        let base_limit = manifest.base.as_ref().map_or(0, |base| base.limit);
+        let base = manifest.base.map(|base| {
+            writer.reader.open(Source {
+                store: Arc::clone(store),
+                key: base.key,
+                etag: base.etag.map(ETag::new),
+                size: base.size,
+            })
+        });
+        let generation = chunks.values().map(|chunk| chunk.version).max();
+        State {
+            target: target(self.key()),
+            base,
+            base_limit,
+            low_water: manifest.size,
+            size: manifest.size,
+            geometry: Geometry::of_first(manifest.part_size),
+            chunks,
+            generation: generation.unwrap_or(0) + 1,
+            opened: 0,
+            published: None,
+            upload,
+            sequential: true,
+            held: false,
+            detached: false,
+            failure: self.replayed.failure.clone(),
+            journal: Some(Arc::new(journal)),
+            journal_failed: false,
+            recorded: true,
+        }
+    }
+
+    /// The parts that the upload really holds, by number; of a part sent twice, the last.
+    async fn held_parts(
+        &self,
+        store: &Arc<dyn Store>,
+    ) -> Result<HashMap<u32, PartReceipt>, ResumeError> {
+        let Some((key, id)) = &self.replayed.upload else {
+            return Ok(HashMap::new());
+        };
+        match store.list_parts(key, id).await {
+            Ok(parts) => Ok(parts.into_iter().map(|part| (part.number, part)).collect()),
+            Err(StoreError::UploadGone { .. } | StoreError::NotFound { .. }) => Ok(HashMap::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The receipt of a chunk as the manifest has it, if the store still holds that part.
+    fn receipt(
+        &self,
+        record: &ChunkRecord,
+        held: &HashMap<u32, PartReceipt>,
+    ) -> Option<PartReceipt> {
+        let part = self
+            .replayed
+            .parts
+            .iter()
+            .find(|part| part.index == record.index && part.version == record.version)?;
+        let found = held.get(&(record.index + 1))?;
+        let same = found.etag.as_str().trim_matches('"') == part.etag.trim_matches('"')
+            && found.size == part.size;
+        same.then(|| part.receipt())
+    }
+
+    /// The chunk's file, if it is there and its bytes are what the manifest says.
+    async fn chunk_file(
+        &self,
+        writer: &Arc<Writer>,
+        record: &ChunkRecord,
+    ) -> Result<Option<SpillFile>, ResumeError> {
+        let Some(name) = &record.file else {
+            return Ok(None);
+        };
+        let file = match writer.spill.adopt(&self.directory, name) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let range = record.start..record.end;
+        let told = record.crc32c;
+        let checked = tokio::task::spawn_blocking(move || {
+            let right = file.checksum(range).is_ok_and(|crc| Some(crc) == told);
+            (file, right)
+        });
+        let (file, right) = checked.await.map_err(io::Error::other)?;
+        if right {
+            return Ok(Some(file));
+        }
+        tracing::warn!(
+            id = self.id,
+            file = name,
+            "a spill file is not what was written to it"
+        );
+        Ok(None)
+    }
+
+    /// Whether the store has it after all: its mount ended between the store's doing and its own
+    /// noting. Told by reading the object, for there may be another of that size.
+    ///
+    /// # Errors
+    /// The store's, other than that nothing is there.
+    pub async fn is_stored(&self, store: &Arc<dyn Store>) -> Result<bool, StoreError> {
+        let Some(manifest) = &self.replayed.manifest else {
+            return Ok(false);
+        };
+        let meta = match store.head(self.key()).await {
+            Ok(meta) => meta,
+            Err(StoreError::NotFound { .. }) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if meta.size != manifest.size {
+            return Ok(false);
+        }
+        let geometry = Geometry::of_first(manifest.part_size);
+        let mut compared = 0;
+        for record in &manifest.chunks {
+            let start = geometry.range(record.index).start;
+            let range = start + record.start..start + record.end;
+            if range.is_empty() {
+                continue;
+            }
+            let mut body = store
+                .get(self.key(), range.clone(), meta.etag.as_ref())
+                .await?
+                .frames;
+            let mut crc = checksum::crc32c(&[]);
+            while let Some(frame) = body.try_next().await? {
+                crc = checksum::crc32c_update(crc, &frame);
+            }
+            if Some(crc) != record.crc32c {
+                return Ok(false);
+            }
+            compared += range.end - range.start;
+        }
+        // What came from the object underneath is not known here.
+        Ok(compared == manifest.size)
+    }
+
+    /// Whether something else was put in its place after its writer had closed it.
+    ///
+    /// # Errors
+    /// The store's, other than that nothing is there.
+    pub async fn is_overtaken(&self, store: &Arc<dyn Store>) -> Result<bool, StoreError> {
+        let Some(closed) = self.closed_at() else {
+            return Ok(false);
+        };
+        match store.head(self.key()).await {
+            Ok(meta) => Ok(meta.modified.is_some_and(|modified| {
+                modified > UNIX_EPOCH + Duration::from_secs(closed) + CLOCK_SLACK
+            })),
+            Err(StoreError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives it up: its bytes are deleted, and its upload, if the store knows it.
+    pub async fn discard(self, store: &Arc<dyn Store>) -> Result<(), StoreError> {
+        if let Some((key, id)) = &self.replayed.upload {
+            store.abort_multipart(key, id).await?;
+        }
+        for file in &self.files {
+            self.directory.remove(&self.directory.path().join(file));
+        }
+        self.directory.remove(&self.journal);
+        Ok(())
+    }
+}
+
+fn chunk(record: &ChunkRecord, data: Data, receipt: Option<PartReceipt>) -> Chunk {
+    Chunk {
+        data,
+        local: record.start..record.end,
+        crc32c: record.crc32c,
+        version: record.version,
+        sent: receipt.map(|receipt| Sent {
+            version: record.version,
+            receipt,
+        }),
+        queued: false,
+        touched: 0,
+        copy: None,
+    }
+}

@@ -1,0 +1,286 @@
+//! What a mount that was killed leaves, and how the next one goes on with it.
+
+mod harness;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+
+use harness::{BUCKET, Lab, Mount, PREFIX, close, noise, wait_until};
+use mlfs_lab::s3::{Fault, Kind, Rule};
+
+const PART: usize = 5 << 20;
+const SMALL_PARTS: &[&str] = &["--part-size", "5MiB", "--memory", "128MiB"];
+
+/// kill -9, and the dead mount out of the way.
+fn kill(mount: &Mount<'_>) {
+    let pid = mount.pid();
+    // SAFETY: kill has no preconditions; the process is this test's own mount.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    let process = PathBuf::from(format!("/proc/{pid}/fd"));
+    wait_until("the process to be gone", || {
+        fs::read_dir(&process).map_or(true, |mut files| files.next().is_none())
+    });
+    mount.unmount();
+}
+
+/// Writes and closes in a thread of its own: the close may never return with success.
+fn write_in_background(path: PathBuf, data: Vec<u8>) -> JoinHandle<bool> {
+    std::thread::spawn(move || {
+        let Ok(mut file) = File::create(path) else {
+            return false;
+        };
+        file.write_all(&data).is_ok() && close(file) == 0
+    })
+}
+
+fn uploads(mount: &Mount<'_>) -> Vec<serde_json::Value> {
+    mount.status()["uploads"].as_array().unwrap().clone()
+}
+
+fn spill_files(lab: &Lab) -> usize {
+    let spill = lab.folder().join(".cache/mlfs/spill");
+    let folders = fs::read_dir(spill).unwrap().flatten();
+    folders
+        .map(|folder| fs::read_dir(folder.path()).map_or(0, Iterator::count))
+        .sum()
+}
+
+#[test]
+fn a_closed_file_is_completed_by_the_next_mount_and_its_parts_are_not_sent_again() {
+    let lab = Lab::new();
+    let data = noise(4 * PART + 1234);
+    let mount = lab.mount_with(SMALL_PARTS);
+    lab.s3.hold(Kind::CompleteMultipart);
+    let writer = write_in_background(mount.at("model/f"), {
+        fs::create_dir(mount.at("model")).unwrap();
+        data.clone()
+    });
+    wait_until("all parts to be there", || {
+        lab.s3.stats().of(Kind::CompleteMultipart).requests == 1
+    });
+    kill(&mount);
+    assert!(!writer.join().unwrap(), "the close was not confirmed");
+    lab.s3.release(Kind::CompleteMultipart);
+    let sent = lab.s3.stats().of(Kind::UploadPart).requests;
+    let next = lab.mount_with(SMALL_PARTS);
+    wait_until("the file to be stored", || lab.stored("model/f").is_some());
+    assert!(lab.stored("model/f").unwrap() == data);
+    assert_eq!(sent, 5);
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, sent);
+    wait_until("it to be forgotten", || uploads(&next).is_empty());
+    assert_eq!(lab.s3.uploads(), 0);
+    assert!(fs::read(next.at("model/f")).unwrap() == data);
+}
+
+#[test]
+fn parts_that_the_store_lacks_are_sent_from_the_disk() {
+    let lab = Lab::new();
+    let data = noise(3 * PART + 77);
+    let mount = lab.mount_with(SMALL_PARTS);
+    lab.s3.hold(Kind::UploadPart);
+    let writer = write_in_background(mount.at("f"), data.clone());
+    // Held parts do not keep the close from being written down.
+    wait_until("the close to be in the journal", || {
+        journals(&lab)
+            .iter()
+            .any(|journal| journal.contains("\"closed\":true"))
+    });
+    kill(&mount);
+    assert!(!writer.join().unwrap());
+    lab.s3.release(Kind::UploadPart);
+    let next = lab.mount_with(SMALL_PARTS);
+    wait_until("the file to be stored", || lab.stored("f").is_some());
+    assert!(lab.stored("f").unwrap() == data);
+    wait_until("it to be forgotten", || uploads(&next).is_empty());
+    // What is left are the lock of this mount, and nothing of the former.
+    wait_until("the disk to be tidy", || spill_files(&lab) == 1);
+}
+
+fn journals(lab: &Lab) -> Vec<String> {
+    let spill = lab.folder().join(".cache/mlfs/spill");
+    let mut found = Vec::new();
+    for folder in fs::read_dir(spill).into_iter().flatten().flatten() {
+        for file in fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+            if file.file_name().to_string_lossy().ends_with(".journal") {
+                found.extend(fs::read_to_string(file.path()));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_small_file_that_was_being_closed_is_stored_by_the_next_mount() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    lab.s3.hold(Kind::Put);
+    let writer = write_in_background(mount.at("f"), b"small".to_vec());
+    wait_until("the close to be in the journal", || {
+        journals(&lab)
+            .iter()
+            .any(|journal| journal.contains("\"closed\":true"))
+    });
+    kill(&mount);
+    writer.join().unwrap();
+    lab.s3.release(Kind::Put);
+    let _next = lab.mount();
+    wait_until("the file to be stored", || lab.stored("f").is_some());
+    assert_eq!(lab.stored("f").unwrap(), b"small");
+}
+
+#[test]
+fn a_file_that_was_never_closed_is_kept_and_listed_and_can_be_discarded() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&noise(2 * PART)).unwrap();
+    wait_until("two parts to be there", || {
+        lab.s3.stats().of(Kind::UploadPart).requests == 2
+    });
+    kill(&mount);
+    drop(file);
+    let next = lab.mount_with(SMALL_PARTS);
+    wait_until("it to be listed", || uploads(&next).len() == 1);
+    let left = &uploads(&next)[0];
+    assert_eq!(left["state"], "left");
+    assert!(left["reason"].as_str().unwrap().contains("not closed"));
+    assert!(left["path"].as_str().unwrap().ends_with("/f"));
+    assert_eq!(lab.stored("f"), None);
+    assert_eq!(lab.s3.uploads(), 1);
+    let id = left["id"].as_str().unwrap();
+    fs::write(next.path.join(".mlfs/discard"), id).unwrap();
+    assert!(uploads(&next).is_empty());
+    assert_eq!(lab.s3.uploads(), 0);
+    assert_eq!(spill_files(&lab), 1);
+    let unknown = fs::write(next.path.join(".mlfs/retry"), "12345678");
+    assert_eq!(harness::errno(unknown), libc::ENOENT);
+}
+
+#[test]
+fn what_could_not_be_stored_when_a_mount_ended_is_stored_by_the_next() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    lab.s3.set_faults(1, vec![Rule::every(Kind::Put, refused)]);
+    let file = File::create(mount.at("f")).unwrap();
+    (&file).write_all(b"precious").unwrap();
+    assert_eq!(close(file), libc::EACCES);
+    // SAFETY: kill has no preconditions; the process is this test's own mount.
+    unsafe { libc::kill(mount.pid(), libc::SIGTERM) };
+    wait_until("the mount to be gone", || {
+        !mount.path.join(".mlfs").exists()
+    });
+    lab.s3.set_faults(1, Vec::new());
+    let _next = lab.mount();
+    wait_until("the file to be stored", || lab.stored("f").is_some());
+    assert_eq!(lab.stored("f").unwrap(), b"precious");
+}
+
+#[test]
+fn what_was_written_since_by_somebody_else_is_not_overwritten_without_a_word() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    lab.s3.hold(Kind::Put);
+    let writer = write_in_background(mount.at("f"), b"older".to_vec());
+    wait_until("the close to be in the journal", || {
+        journals(&lab)
+            .iter()
+            .any(|journal| journal.contains("\"closed\":true"))
+    });
+    kill(&mount);
+    writer.join().unwrap();
+    lab.s3.release(Kind::Put);
+    lab.put_later("f", b"newer!".as_slice());
+    let next = lab.mount();
+    wait_until("it to wait for a word", || {
+        let uploads = uploads(&next);
+        uploads.len() == 1 && uploads[0]["state"] == "left"
+    });
+    assert_eq!(lab.stored("f").unwrap(), b"newer!");
+    fs::write(next.path.join(".mlfs/retry"), "all").unwrap();
+    wait_until("it to be stored", || {
+        lab.stored("f").as_deref() == Some(b"older")
+    });
+}
+
+#[test]
+fn what_the_store_had_already_is_recognised() {
+    let lab = Lab::new();
+    let data = noise(2 * PART);
+    let mount = lab.mount_with(SMALL_PARTS);
+    lab.s3.hold(Kind::CompleteMultipart);
+    let writer = write_in_background(mount.at("f"), data.clone());
+    wait_until("all parts to be there", || {
+        lab.s3.stats().of(Kind::CompleteMultipart).requests == 1
+    });
+    kill(&mount);
+    writer.join().unwrap();
+    lab.s3.release(Kind::CompleteMultipart);
+    // As if the completion had taken place just before.
+    lab.put_later("f", data.clone());
+    let next = lab.mount_with(SMALL_PARTS);
+    wait_until("it to be forgotten", || uploads(&next).is_empty());
+    assert_eq!(lab.s3.uploads(), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    assert_eq!(lab.s3.stats().of(Kind::CompleteMultipart).requests, 1);
+}
+
+#[test]
+fn mounts_of_one_spill_directory_leave_each_others_files_alone() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&noise(2 * PART)).unwrap();
+    let other = lab.mount_with(SMALL_PARTS);
+    assert!(uploads(&other).is_empty());
+    file.write_all(b"end").unwrap();
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.stored("f").unwrap().len(), 2 * PART + 3);
+}
+
+#[test]
+fn another_servers_uploads_are_left_alone() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&noise(2 * PART)).unwrap();
+    wait_until("the upload to begin", || lab.s3.uploads() == 1);
+    kill(&mount);
+    drop(file);
+    let elsewhere = Lab::new();
+    let spill = lab.folder().join(".cache/mlfs/spill");
+    let next = elsewhere.mount_with(&["--spill-dir", spill.to_str().unwrap()]);
+    assert!(uploads(&next).is_empty());
+    assert!(!journals(&lab).is_empty());
+}
+
+#[test]
+fn a_run_that_is_gone_keeps_its_bytes_and_says_so() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    lab.s3.hold(Kind::Put);
+    let writer = write_in_background(mount.at("f"), b"bytes".to_vec());
+    wait_until("the close to be in the journal", || {
+        journals(&lab)
+            .iter()
+            .any(|journal| journal.contains("\"closed\":true"))
+    });
+    kill(&mount);
+    writer.join().unwrap();
+    lab.s3.release(Kind::Put);
+    lab.tracking.remove_run(harness::RUN);
+    let next = lab.mount();
+    wait_until("it to wait for a word", || {
+        let uploads = uploads(&next);
+        uploads.len() == 1 && uploads[0]["state"] == "left"
+    });
+    assert!(
+        uploads(&next)[0]["reason"]
+            .as_str()
+            .unwrap()
+            .contains("run")
+    );
+    assert_eq!(lab.s3.keys(BUCKET).len(), 0, "{PREFIX}");
+}
