@@ -7,23 +7,11 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 
-use harness::{BUCKET, Lab, Mount, PREFIX, close, noise, wait_until};
+use harness::{BUCKET, Lab, Mount, PREFIX, close, kill, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 const PART: usize = 5 << 20;
 const SMALL_PARTS: &[&str] = &["--part-size", "5MiB", "--memory", "128MiB"];
-
-/// kill -9, and the dead mount out of the way.
-fn kill(mount: &Mount<'_>) {
-    let pid = mount.pid();
-    // SAFETY: kill has no preconditions; the process is this test's own mount.
-    unsafe { libc::kill(pid, libc::SIGKILL) };
-    let process = PathBuf::from(format!("/proc/{pid}/fd"));
-    wait_until("the process to be gone", || {
-        fs::read_dir(&process).map_or(true, |mut files| files.next().is_none())
-    });
-    mount.unmount();
-}
 
 /// Writes and closes in a thread of its own: the close may never return with success.
 fn write_in_background(path: PathBuf, data: Vec<u8>) -> JoinHandle<bool> {

@@ -52,6 +52,7 @@ pub(super) fn run(
         allow_other: config.allow_other,
         read_only: config.read_only,
     };
+    vfs.take_over();
     let mounted = mount(Arc::clone(&vfs), runtime.handle(), &options)
         .with_context(|| format!("mounting on {}", config.mountpoint.display()))?;
     tracing::info!(mountpoint = %config.mountpoint.display(), memory = config.memory,

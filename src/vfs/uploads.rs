@@ -36,6 +36,8 @@ pub struct UploadStatus {
 /// What a former mount left, and what became of it.
 #[derive(Debug)]
 enum Former {
+    /// Not looked at yet.
+    Found(Leftover),
     /// Waits for a word, and why.
     Left(Leftover, String),
     /// Being looked at or sent.
@@ -50,24 +52,22 @@ pub(super) struct Uploads {
 }
 
 impl Vfs {
-    /// Takes over what former mounts left; sends what can be sent without anybody's word.
-    pub async fn recover(self: &Arc<Self>) {
-        let writer = Arc::clone(&self.writer);
-        let found = tokio::task::spawn_blocking(move || writer.leftovers()).await;
-        let Ok(found) = found else { return };
-        {
-            let mut former = self.uploads.former.lock();
-            for leftover in found {
-                tracing::info!(
-                    id = leftover.id(),
-                    path = leftover.path(),
-                    size = leftover.size(),
-                    "a former mount left this unsent"
-                );
-                let reason = "not looked at yet".to_owned();
-                former.insert(leftover.id().to_owned(), Former::Left(leftover, reason));
-            }
+    /// Takes over what former mounts left. Looks at the local disk, and at nothing else.
+    pub fn take_over(&self) {
+        let mut former = self.uploads.former.lock();
+        for leftover in self.writer.leftovers() {
+            tracing::info!(
+                id = leftover.id(),
+                path = leftover.path(),
+                size = leftover.size(),
+                "a former mount left this unsent"
+            );
+            former.insert(leftover.id().to_owned(), Former::Found(leftover));
         }
+    }
+
+    /// Sends what was taken over and can be sent without anybody's word.
+    pub async fn recover(self: &Arc<Self>) {
         let ids: Vec<String> = self.uploads.former.lock().keys().cloned().collect();
         for id in ids {
             self.resume(&id, false).await;
@@ -319,17 +319,14 @@ impl Former {
     fn status(&self) -> UploadStatus {
         match self {
             Self::Busy(status) => status.clone(),
-            Self::Left(leftover, reason) => UploadStatus {
-                id: leftover.id().to_owned(),
-                path: leftover.path().to_owned(),
-                size: leftover.size(),
-                since: leftover.since(),
-                state: "left".to_owned(),
-                reason: Some(match leftover.failure() {
+            Self::Found(leftover) => describe(leftover, "waiting", None),
+            Self::Left(leftover, reason) => {
+                let reason = match leftover.failure() {
                     Some(failure) => format!("{reason}; {failure}"),
                     None => reason.clone(),
-                }),
-            },
+                };
+                describe(leftover, "left", Some(reason))
+            }
             Self::Resumed(draft) => {
                 let reason = draft.failure();
                 UploadStatus {
@@ -350,6 +347,17 @@ impl Former {
     }
 }
 
+fn describe(leftover: &Leftover, state: &str, reason: Option<String>) -> UploadStatus {
+    UploadStatus {
+        id: leftover.id().to_owned(),
+        path: leftover.path().to_owned(),
+        size: leftover.size(),
+        since: leftover.since(),
+        state: state.to_owned(),
+        reason,
+    }
+}
+
 impl Uploads {
     /// Takes a leftover out, to be worked on; meanwhile it counts as on its way.
     fn take(&self, id: &str) -> Option<Leftover> {
@@ -361,7 +369,7 @@ impl Uploads {
             ..entry.status()
         });
         match std::mem::replace(entry, busy) {
-            Former::Left(leftover, _) => Some(leftover),
+            Former::Found(leftover) | Former::Left(leftover, _) => Some(leftover),
             other => {
                 *entry = other;
                 None

@@ -211,3 +211,15 @@ pub fn close(file: std::fs::File) -> i32 {
     std::mem::forget(descriptor);
     if outcome == 0 { 0 } else { error }
 }
+
+/// kill -9, and the dead mount out of the way.
+pub fn kill(mount: &Mount<'_>) {
+    let pid = mount.pid();
+    // SAFETY: kill has no preconditions; the process is this test's own mount.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    let process = PathBuf::from(format!("/proc/{pid}/fd"));
+    wait_until("the process to be gone", || {
+        std::fs::read_dir(&process).map_or(true, |mut files| files.next().is_none())
+    });
+    mount.unmount();
+}

@@ -195,6 +195,12 @@ impl S3Server {
         }
     }
 
+    /// Parts that unfinished uploads hold.
+    pub fn parts(&self) -> usize {
+        let uploads = self.shared.objects.uploads.lock();
+        uploads.values().map(|upload| upload.parts.len()).sum()
+    }
+
     /// Unfinished uploads.
     pub fn uploads(&self) -> usize {
         self.shared.objects.uploads.lock().len()

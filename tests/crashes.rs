@@ -1,0 +1,113 @@
+//! A mount killed again and again, at random points: nothing that was confirmed is lost, nothing
+//! half written is ever seen, and everything else is accounted for.
+
+mod harness;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use harness::{Lab, close, kill, noise, wait_until};
+
+/// Rounds, unless `MLFS_CRASH_ROUNDS` says otherwise.
+const ROUNDS: usize = 50;
+/// Sizes of the files that are written side by side in each round, bytes.
+const SIZES: [usize; 4] = [4_000, 700_000, (7 << 20) + 5, 23 << 20];
+/// A round ends at a random moment before this; writing it all takes about as long.
+const LONGEST_LIFE: u64 = 120;
+const FLAGS: &[&str] = &["--part-size", "5MiB", "--memory", "64MiB"];
+
+/// Content that tells its file and every place in it.
+fn content(round: usize, size: usize) -> Vec<u8> {
+    let mut bytes = noise(size + round * 8);
+    bytes.drain(..round * 8);
+    bytes
+}
+
+/// Writes in pieces and closes; whether the close was confirmed.
+fn write(path: PathBuf, data: &[u8]) -> bool {
+    let Ok(mut file) = File::create(path) else {
+        return false;
+    };
+    let written = data
+        .chunks(300_000)
+        .all(|piece| file.write_all(piece).is_ok());
+    written && close(file) == 0
+}
+
+#[test]
+fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half() {
+    let rounds = std::env::var("MLFS_CRASH_ROUNDS");
+    let rounds = rounds.map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
+    let lab = Lab::new();
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    // Name → round and size.
+    let mut unconfirmed = BTreeMap::new();
+    for round in 0..rounds {
+        let mount = lab.mount_with(FLAGS);
+        let contents = SIZES.map(|size| content(round, size));
+        let writers = contents.map(|data| {
+            let size = data.len();
+            let name = format!("{round}-{size}");
+            let path = mount.at(&name);
+            let thread = std::thread::spawn(move || write(path, &data));
+            (name, size, thread)
+        });
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        // Chance, not patience: nothing is decided by how long this takes.
+        std::thread::sleep(Duration::from_millis(seed % LONGEST_LIFE));
+        kill(&mount);
+        for (name, size, thread) in writers {
+            if thread.join().expect("the writer") {
+                let stored = lab.stored(&name).expect("what was confirmed is stored");
+                assert!(stored == content(round, size), "{name}");
+            } else {
+                unconfirmed.insert(name, (round, size));
+            }
+        }
+    }
+    let mount = lab.mount_with(FLAGS);
+    wait_until("what was closed to be stored", || {
+        let status = mount.status();
+        let uploads = status["uploads"].as_array().unwrap();
+        uploads.iter().all(|upload| upload["state"] == "left")
+    });
+    let status = mount.status();
+    let left: Vec<&str> = status["uploads"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|upload| upload["path"].as_str().unwrap())
+        .collect();
+    let mut finished = 0;
+    for (name, (round, size)) in &unconfirmed {
+        if let Some(stored) = lab.stored(name) {
+            finished += 1;
+            assert!(
+                stored == content(*round, *size),
+                "{name} is whole or not there"
+            );
+            let also_left = left.iter().any(|path| path.ends_with(&format!("/{name}")));
+            assert!(!also_left, "{name} is stored: {:#}", status["uploads"]);
+        }
+    }
+    println!(
+        "{rounds} rounds: {} closes not confirmed; {finished} of these files are stored all the \
+         same, {} are kept unfinished, the rest had not got as far as the disk",
+        unconfirmed.len(),
+        left.len()
+    );
+    for upload in status["uploads"].as_array().unwrap() {
+        assert!(
+            upload["reason"].as_str().unwrap().contains("not closed"),
+            "{upload}"
+        );
+    }
+    fs::write(mount.path.join(".mlfs/discard"), "all").unwrap();
+    // An upload whose beginning was answered as the mount died is nobody's; it holds no part.
+    assert_eq!(lab.s3.parts(), 0);
+}
