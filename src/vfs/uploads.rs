@@ -226,6 +226,8 @@ impl Vfs {
             self.begin_drain();
             return Ok(());
         }
+        // Another mount may have ended since this one began.
+        self.take_over();
         let text = String::from_utf8_lossy(text);
         let all = self.uploads();
         let named: Vec<&UploadStatus> = match text.trim() {
@@ -311,7 +313,7 @@ enum Stands {
 impl UploadStatus {
     /// Whether nothing goes on with it by itself.
     pub fn waits_for_a_word(&self) -> bool {
-        matches!(self.state.as_str(), "failed" | "left")
+        matches!(self.state.as_str(), "failed" | "left" | "waiting")
     }
 }
 

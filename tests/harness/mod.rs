@@ -217,9 +217,14 @@ pub fn kill(mount: &Mount<'_>) {
     let pid = mount.pid();
     // SAFETY: kill has no preconditions; the process is this test's own mount.
     unsafe { libc::kill(pid, libc::SIGKILL) };
-    let process = PathBuf::from(format!("/proc/{pid}/fd"));
-    wait_until("the process to be gone", || {
-        std::fs::read_dir(&process).map_or(true, |mut files| files.next().is_none())
-    });
+    wait_for_end(pid);
     mount.unmount();
+}
+
+/// Waits until a process holds nothing any more.
+pub fn wait_for_end(pid: i32) {
+    let files = PathBuf::from(format!("/proc/{pid}/fd"));
+    wait_until("the process to end", || {
+        std::fs::read_dir(&files).map_or(true, |mut files| files.next().is_none())
+    });
 }
