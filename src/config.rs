@@ -20,6 +20,8 @@ const LARGEST_PART: u64 = 5 << 30;
 const SMALLEST_MEMORY: u64 = 64 * MIB;
 /// A budget must hold this many parts.
 const PARTS_IN_MEMORY: u64 = 4;
+/// Bytes of the mount point in the name of its log; a filesystem takes 255, with the extension.
+const LONGEST_NAME: usize = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogLevel {
@@ -67,7 +69,8 @@ pub struct MountArguments {
 
     /// Most memory for data being written and read, bytes (512MiB, 20G) [default: a quarter of the
     /// machine's, at most 4GiB]
-    #[arg(long, env = "MLFS_MEMORY", value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, env = "MLFS_MEMORY", value_name = "SIZE", value_parser = parse_size,
+          allow_negative_numbers = true)]
     pub memory: Option<u64>,
 
     /// Where data that does not fit in memory waits to be sent [default: the user's cache folder,
@@ -77,24 +80,40 @@ pub struct MountArguments {
 
     /// Most disk space for it, bytes
     #[arg(long, env = "MLFS_SPILL_SIZE", value_name = "SIZE", default_value = "20GiB",
-          value_parser = parse_size)]
+          value_parser = parse_size, allow_negative_numbers = true)]
     pub spill_size: u64,
 
     /// Bytes of a part of a multipart upload, 5MiB to 5GiB
     #[arg(long, env = "MLFS_PART_SIZE", value_name = "SIZE", default_value = "16MiB",
-          value_parser = parse_size)]
+          value_parser = parse_size, allow_negative_numbers = true)]
     pub part_size: u64,
 
     /// Most uploads in flight, and most prefetches, 1 to 256
-    #[arg(long, env = "MLFS_TRANSFERS", value_name = "N", default_value_t = 16)]
+    #[arg(
+        long,
+        env = "MLFS_TRANSFERS",
+        value_name = "N",
+        default_value_t = 16,
+        allow_negative_numbers = true
+    )]
     pub transfers: usize,
 
     /// Owner of everything [default: the caller]
-    #[arg(long, env = "MLFS_UID", value_name = "N")]
+    #[arg(
+        long,
+        env = "MLFS_UID",
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub uid: Option<u32>,
 
     /// Group of everything [default: the caller's]
-    #[arg(long, env = "MLFS_GID", value_name = "N")]
+    #[arg(
+        long,
+        env = "MLFS_GID",
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub gid: Option<u32>,
 
     /// Permission bits nobody gets, octal
@@ -191,12 +210,6 @@ impl MountArguments {
                 .join("mlfs")
                 .join("spill"),
         };
-        if spill_dir.starts_with(&mountpoint) {
-            bail!(
-                "--spill-dir {}: it lies inside the mount point",
-                spill_dir.display()
-            );
-        }
         let log_file = match (&self.log_file, self.foreground) {
             (Some(file), _) => Some(std::path::absolute(file)?),
             (None, true) => None,
@@ -268,10 +281,11 @@ fn user_folder(variable: &str, fallback: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn default_log_file(mountpoint: &Path) -> anyhow::Result<PathBuf> {
-    let name = mountpoint
-        .to_string_lossy()
-        .trim_matches('/')
-        .replace('/', "-");
+    let name = mountpoint.to_string_lossy();
+    let name = name.trim_matches('/').replace('/', "-");
+    // Of a path that is too long for a file's name, the end.
+    let cut = name.len().saturating_sub(LONGEST_NAME);
+    let name = &name[name.ceil_char_boundary(cut)..];
     let folder = user_folder("XDG_STATE_HOME", ".local/state")?;
     Ok(folder.join("mlfs").join(format!("{name}.log")))
 }

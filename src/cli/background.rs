@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 
 use super::serve;
 use crate::config::Config;
+use crate::telemetry;
 
 const READY: &str = "ready";
 
@@ -21,15 +22,8 @@ pub(super) fn start(config: &Config) -> anyhow::Result<()> {
         .log_file
         .as_ref()
         .context("a background mount needs a log file")?;
-    if let Some(folder) = log_file.parent() {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("log folder {}", folder.display()))?;
-    }
-    let log = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log_file)
-        .with_context(|| format!("log file {}", log_file.display()))?;
+    // What the process says before it logs goes there too, and a panic.
+    let log = serve::about_log(config, telemetry::open(log_file))?;
     let program = std::env::current_exe().context("this program's own path")?;
     let mut child = Command::new(program)
         // Behind the subcommand, before anything that may end the flags.
@@ -63,6 +57,13 @@ pub(super) fn start(config: &Config) -> anyhow::Result<()> {
 pub(super) fn serve(config: &Config) -> anyhow::Result<()> {
     // SAFETY: setsid has no preconditions; the process is no group leader, having been spawned.
     unsafe { libc::setsid() };
+    let _log = match serve::start_log(config) {
+        Ok(log) => log,
+        Err(error) => {
+            tell(&format!("{error:#}"))?;
+            return Err(error);
+        }
+    };
     let mut told = false;
     let outcome = serve::run(config, || {
         told = true;

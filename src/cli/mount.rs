@@ -2,12 +2,12 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{anyhow, bail};
 use clap::Args;
 
-use super::{background, mounts, serve};
+use super::{WrongUsage, background, mounts, serve};
 use crate::config::{Config, MountArguments};
 
 #[derive(Debug, Args)]
@@ -22,47 +22,63 @@ pub(super) struct Arguments {
 
 /// Mounts, in the background unless told otherwise.
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let config = arguments.mount.validate()?;
+    let mut config = arguments.mount.validate().map_err(WrongUsage::new)?;
+    // What is wrong with the tracking server's settings is wrong usage, also in the background.
+    serve::tracking_settings(&config).map_err(WrongUsage::new)?;
+    let outcome = check_mountpoint(&config.mountpoint);
     if arguments.background_process {
+        // Checked by the parent; told to it if it has changed since.
+        config.mountpoint = outcome.unwrap_or(config.mountpoint);
         return background::serve(&config);
     }
-    check_mountpoint(&config.mountpoint)?;
+    config.mountpoint = outcome?;
+    check_outside(&config)?;
     check_device(&config)?;
     if config.foreground {
+        let _log = serve::start_log(&config)?;
         serve::run(&config, || Ok(()))
     } else {
         background::start(&config)
     }
 }
 
-/// The mount point must be an empty directory that nothing is mounted on.
-fn check_mountpoint(mountpoint: &Path) -> anyhow::Result<()> {
+/// The mount point, without symlinks: an empty directory that nothing is mounted on.
+fn check_mountpoint(mountpoint: &Path) -> anyhow::Result<PathBuf> {
     let shown = mountpoint.display();
-    if let Some(kind) = mounts::mounted(mountpoint)? {
-        if mounts::is_dead(mountpoint) {
-            bail!(
-                "mount point {shown}: a mount that ended without unmounting is still there; \
-                 remove it with `mlfs unmount {shown}`"
-            );
-        }
-        bail!("mount point {shown}: already mounted ({kind}); unmount it or choose another");
-    }
-    let metadata = match std::fs::metadata(mountpoint) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            bail!("mount point {shown}: there is no such directory; make it with mkdir");
+    let found = mounts::check_free(mountpoint)?;
+    let mut entries = match std::fs::read_dir(&found) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            bail!("mount point {shown}: not a directory; choose an empty directory");
         }
         Err(error) => {
-            return Err(error).with_context(|| format!("mount point {shown}"));
+            bail!("mount point {shown}: {error}; choose an empty directory that is yours")
         }
     };
-    if !metadata.is_dir() {
-        bail!("mount point {shown}: not a directory; choose an empty directory");
-    }
-    let mut entries =
-        std::fs::read_dir(mountpoint).with_context(|| format!("mount point {shown}"))?;
     if entries.next().is_some() {
         bail!("mount point {shown}: not empty; choose an empty directory");
+    }
+    Ok(found)
+}
+
+/// What mlfs itself writes must not lie in its own mount, which would wait for itself.
+fn check_outside(config: &Config) -> anyhow::Result<()> {
+    let log_file = config.log_file.as_deref();
+    let named = [
+        ("--spill-dir", Some(config.spill_dir.as_path())),
+        ("--log-file", log_file),
+    ];
+    for (flag, path) in named {
+        let Some(path) = path else { continue };
+        // What does not exist yet is looked for where it will be.
+        let existing = path.ancestors().find_map(|it| it.canonicalize().ok());
+        if existing.is_some_and(|it| it.starts_with(&config.mountpoint)) {
+            let error = anyhow!(
+                "{flag} {}: it lies inside the mount point; give one outside",
+                path.display()
+            );
+            return Err(WrongUsage::new(error).into());
+        }
     }
     Ok(())
 }
