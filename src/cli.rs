@@ -59,6 +59,18 @@ impl fmt::Display for WrongUsage {
 
 impl std::error::Error for WrongUsage {}
 
+/// An error that stands in the log and has been told to whom it concerns.
+#[derive(Debug)]
+struct AlreadyTold;
+
+impl fmt::Display for AlreadyTold {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("see the log")
+    }
+}
+
+impl std::error::Error for AlreadyTold {}
+
 /// Runs the program.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -72,8 +84,10 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody is told that standard error is closed or full.
-            let _ = writeln!(io::stderr(), "mlfs: {error:#}");
-            let usage = error.downcast_ref::<WrongUsage>().is_some();
+            if !error.is::<AlreadyTold>() {
+                let _ = writeln!(io::stderr(), "mlfs: {error:#}");
+            }
+            let usage = error.is::<WrongUsage>();
             ExitCode::from(if usage { USAGE } else { FAILED })
         }
     }

@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use tracing_subscriber::EnvFilter;
 
 use queue::Queue;
@@ -27,22 +28,26 @@ impl Drop for Log {
     }
 }
 
-/// Starts logging at `level` (or with `MLFS_LOG`'s directives), to `file` or to stderr.
+/// What is logged: `level`, or what the directives in `MLFS_LOG` say.
 ///
 /// # Errors
-/// The log file cannot be opened and written to; `MLFS_LOG` is not understood.
-pub fn start(level: tracing::Level, file: Option<&Path>) -> io::Result<Log> {
+/// Directives that are not understood.
+pub fn filter(level: tracing::Level) -> anyhow::Result<EnvFilter> {
     let directives = std::env::var("MLFS_LOG")
         .ok()
         .filter(|text| !text.is_empty());
     // Libraries are heard only when something is wrong: at debug they print whole requests.
     let directives = directives.unwrap_or_else(|| format!("warn,fuser=error,mlfs={level}"));
-    let filter = EnvFilter::try_new(&directives).map_err(|error| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("MLFS_LOG {directives:?}: {error}"),
-        )
-    })?;
+    EnvFilter::try_new(&directives).map_err(|error| {
+        anyhow!("MLFS_LOG {directives:?}: {error}; give directives like mlfs=debug,warn")
+    })
+}
+
+/// Starts logging to `file` or to stderr.
+///
+/// # Errors
+/// The log file cannot be opened and written to.
+pub fn start(filter: EnvFilter, file: Option<&Path>) -> io::Result<Log> {
     let queue = match file {
         None => Queue::start(io::stderr())?,
         Some(path) => {

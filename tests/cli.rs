@@ -78,6 +78,18 @@ fn each_wrong_use_is_one_clear_error_and_exit_code_2() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(USAGE), "{}", text(&output));
+    for (name, value) in [
+        ("MLFLOW_TRACKING_INSECURE_TLS", "maybe"),
+        ("MLFLOW_S3_UPLOAD_EXTRA_ARGS", "{"),
+        ("MLFS_LOG", "mlfs=loud"),
+    ] {
+        let mut command = lab.program();
+        let output = command.args(["mount", at]).env(name, value).output();
+        let output = output.unwrap();
+        let message = text(&output);
+        assert_eq!(output.status.code(), Some(USAGE), "{message}");
+        assert!(message.contains(name), "{message}");
+    }
 }
 
 #[test]
@@ -132,6 +144,23 @@ fn folders_that_cannot_be_used_are_told_before_anything_is_mounted() {
             assert!(fs::read_dir(&folder).unwrap().next().is_none());
         }
     }
+}
+
+#[test]
+fn a_disk_that_takes_no_spill_is_told_before_anything_is_mounted() {
+    let lab = Lab::new();
+    let folder = lab.empty_folder();
+    let mut command = lab.program();
+    command.args(["mount", "--foreground"]).arg(&folder);
+    // Standard error is a pipe, so the spill is the only file that is written.
+    harness::limit_files(&mut command, 0);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(FAILED));
+    let message = text(&output);
+    let spill = lab.folder().join(".cache/mlfs/spill");
+    assert!(message.contains(spill.to_str().unwrap()), "{message}");
+    assert!(message.contains("--spill-dir"), "{message}");
+    assert!(fs::read_dir(spill).unwrap().next().is_none());
 }
 
 #[test]
@@ -333,6 +362,7 @@ fn no_secret_appears_in_a_log_even_at_the_finest_level() {
         let output = lab
             .program()
             .env("MLFS_LOG", "trace")
+            .env("AWS_SESSION_TOKEN", "sessionsecret")
             .env("MLFLOW_TRACKING_USERNAME", "user")
             .env("MLFLOW_TRACKING_PASSWORD", "trackingsecret")
             .arg("mount")
@@ -348,7 +378,18 @@ fn no_secret_appears_in_a_log_even_at_the_finest_level() {
     assert!(output.status.success(), "{}", text(&output));
     let log = lab.log_text();
     assert!(log.len() > 1000);
-    for secret in ["labsecret", "trackingsecret", "dXNlcjp0cmFja2luZ3NlY3JldA"] {
+    for secret in [
+        "labsecret",
+        "sessionsecret",
+        "trackingsecret",
+        "dXNlcjp0cmFja2luZ3NlY3JldA",
+    ] {
         assert!(!log.contains(secret), "{secret}");
+    }
+    for name in ["Signature=", "Credential="] {
+        let values = log.split(name).skip(1);
+        for value in values {
+            assert!(value.starts_with("[hidden]"), "{name}{value:.80}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -289,19 +289,7 @@ fn a_log_that_cannot_grow_does_not_end_the_mount() {
         .arg(&path)
         .arg("--log-file")
         .arg(lab.log());
-    // SAFETY: setrlimit may be called between fork and exec, and reads only its argument.
-    unsafe {
-        command.pre_exec(|| {
-            let limit = libc::rlimit {
-                rlim_cur: MOST,
-                rlim_max: MOST,
-            };
-            match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            }
-        })
-    };
+    harness::limit_files(&mut command, MOST);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     let mount = Mount { lab: &lab, path };

@@ -105,8 +105,9 @@ fn ask(path: &Path, question: Question, patience: Duration) -> Result<String, Un
         let _ = send.send(outcome.map(|_| text));
     });
     let Ok(text) = answer.recv_timeout(patience) else {
-        // It may not die, and is not waited for.
         let _ = child.kill();
+        // It may not die; nobody but this thread waits for that.
+        std::thread::spawn(move || child.wait());
         return Err(Unanswered::Silent);
     };
     let _ = child.wait();

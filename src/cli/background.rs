@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 
-use super::serve;
+use super::{AlreadyTold, serve};
 use crate::config::Config;
 use crate::telemetry;
 
@@ -61,23 +61,23 @@ pub(super) fn serve(config: &Config) -> anyhow::Result<()> {
         Ok(log) => log,
         Err(error) => {
             tell(&format!("{error:#}"))?;
-            return Err(error);
+            return Err(AlreadyTold.into());
         }
     };
-    let mut told = false;
+    let mut heard = false;
     let outcome = serve::run(config, || {
-        told = true;
+        heard = true;
         tell(READY)
     });
-    match outcome {
-        Err(error) if !told => {
-            let message = format!("{error:#}");
-            tracing::error!("{message}");
-            tell(&message)?;
-            Err(error)
+    outcome.map_err(|error| {
+        let message = format!("{error:#}");
+        tracing::error!("{message}");
+        if !heard {
+            // A parent that is gone has no use for it.
+            let _ = tell(&message);
         }
-        outcome => outcome,
-    }
+        AlreadyTold.into()
+    })
 }
 
 /// Writes the one line for the parent and lets go of the pipe.

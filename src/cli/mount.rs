@@ -3,12 +3,14 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{anyhow, bail};
 use clap::Args;
 
 use super::{WrongUsage, background, mounts, serve};
 use crate::config::{Config, MountArguments};
+use crate::telemetry;
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -23,8 +25,10 @@ pub(super) struct Arguments {
 /// Mounts, in the background unless told otherwise.
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut config = arguments.mount.validate().map_err(WrongUsage::new)?;
-    // What is wrong with the tracking server's settings is wrong usage, also in the background.
+    // What is wrong with the environment is wrong usage too, also in the background.
+    telemetry::filter(config.log_level).map_err(WrongUsage::new)?;
     serve::tracking_settings(&config).map_err(WrongUsage::new)?;
+    serve::store_settings(&config).map_err(WrongUsage::new)?;
     let outcome = check_mountpoint(&config.mountpoint);
     if arguments.background_process {
         // Checked by the parent; told to it if it has changed since.
@@ -93,6 +97,10 @@ fn check_device(config: &Config) -> anyhow::Result<()> {
              container with --device /dev/fuse --cap-add SYS_ADMIN"
         ),
         Err(error) => bail!("/dev/fuse: {error}; ask for read and write permission on it"),
+    }
+    // Only root mounts without this helper.
+    if !root && let Err(error) = Command::new("fusermount3").arg("-V").output() {
+        bail!("fusermount3: {error}; install your distribution's fuse3");
     }
     if config.allow_other && !root {
         let text = std::fs::read_to_string("/etc/fuse.conf").unwrap_or_default();

@@ -244,11 +244,12 @@ pub(super) fn check_free(path: &Path) -> anyhow::Result<PathBuf> {
             "mount point {shown}: this lies inside the mount on {}; choose a directory elsewhere",
             mountpoint.display()
         ),
-        Err(error) => match error.downcast_ref::<io::Error>().map(io::Error::kind) {
-            Some(io::ErrorKind::NotFound) => {
+        Err(error) => match error.downcast_ref::<io::Error>() {
+            Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 bail!("mount point {shown}: there is no such directory; make it with mkdir -p")
             }
-            _ => Err(error).with_context(|| format!("mount point {shown}")),
+            Some(cause) => bail!("mount point {shown}: {cause}; choose a directory of your own"),
+            None => Err(error),
         },
     }
 }

@@ -40,6 +40,14 @@ pub(super) fn tracking_settings(config: &Config) -> Result<TrackingSettings, Set
     TrackingSettings::new(&config.tracking_uri, variable, home.as_deref())
 }
 
+/// How S3 is reached: the flag, and MLflow's own variables.
+///
+/// # Errors
+/// What is wrong with one of them.
+pub(super) fn store_settings(config: &Config) -> anyhow::Result<S3Settings> {
+    Ok(S3Settings::from_variables(variable, config.sign_payload)?)
+}
+
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
@@ -47,13 +55,13 @@ fn variable(name: &str) -> Option<String> {
 /// Starts the log.
 ///
 /// # Errors
-/// It cannot be written; or what is wrong with `MLFS_LOG`.
+/// It cannot be written to.
 pub(super) fn start_log(config: &Config) -> anyhow::Result<Log> {
     // A limit on the size of files (`ulimit -f`) makes a write fail, and does not end the mount.
     // SAFETY: ignoring a signal runs no code of ours.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    let log = telemetry::start(config.log_level, config.log_file.as_deref());
-    about_log(config, log)
+    let filter = telemetry::filter(config.log_level)?;
+    about_log(config, telemetry::start(filter, config.log_file.as_deref()))
 }
 
 /// What went wrong with the log, with its path and what to do.
@@ -92,8 +100,10 @@ pub(super) fn run(
         let _inside = runtime.enter();
         Signals::new()?
     };
-    let mounted = mount(Arc::clone(&vfs), runtime.handle(), &options)
-        .with_context(|| format!("mounting on {}", config.mountpoint.display()))?;
+    let mounted = mount(Arc::clone(&vfs), runtime.handle(), &options).map_err(|error| {
+        let shown = config.mountpoint.display();
+        anyhow!("mount point {shown}: {error}; choose an empty directory of your own")
+    })?;
     tracing::info!(mountpoint = %config.mountpoint.display(), memory = config.memory,
         spill = %config.spill_dir.display(), "mounted");
     let told = ready();
@@ -144,8 +154,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     let tracking = Arc::new(RestTracking::new(tracking_settings(config)?)?);
     tracking.probe().await?;
     let tracking_uri = tracking.name().to_owned();
-    let s3 = S3Settings::from_variables(variable, config.sign_payload)?;
-    let stores = Arc::new(Stores::new(s3));
+    let stores = Arc::new(Stores::new(store_settings(config)?));
     let shared: Arc<Stores> = Arc::clone(&stores);
     let catalog = Catalog::new(tracking, shared, config.metadata_ttl);
     let read_floor = config.memory / FLOOR_SHARE;

@@ -82,6 +82,7 @@ impl Patience {
 fn wait_until_stored(path: &Path, patience: &Patience) -> anyhow::Result<Option<Status>> {
     let mut progress = Progress::new();
     let mut asked: Option<Instant> = None;
+    let mut silent = false;
     loop {
         // Again and again: what failed may succeed by now.
         let mut answer = Ok(());
@@ -111,12 +112,14 @@ fn wait_until_stored(path: &Path, patience: &Patience) -> anyhow::Result<Option<
             }
             Err(Unanswered::Dead) => return Ok(None),
             Err(Unanswered::Silent) if !patience.is_over() => {
-                progress.end();
-                eprintln!(
-                    "mlfs: {}: its process does not answer; waiting",
-                    path.display()
-                );
-                asked = None;
+                if !silent {
+                    progress.end();
+                    eprintln!(
+                        "mlfs: {}: its process does not answer; waiting",
+                        path.display()
+                    );
+                }
+                (silent, asked) = (true, None);
             }
             Err(error) => {
                 progress.end();

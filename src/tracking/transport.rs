@@ -321,7 +321,13 @@ fn root(error: &dyn std::error::Error) -> String {
 
 /// What to do about TLS that fails; rustls tells its reasons in its texts only.
 fn tls_remedy(detail: &str) -> Option<&'static str> {
-    if detail.contains("invalid peer certificate") {
+    if detail.contains("CaUsedAsEndEntity") {
+        // What `openssl req -x509` makes unless told otherwise.
+        Some(
+            "its certificate is an authority's and its own at once, which is never accepted: have \
+             that authority sign another one for the server",
+        )
+    } else if detail.contains("invalid peer certificate") {
         Some(
             "if its certificate is your own authority's, give that one's PEM file in \
              MLFLOW_TRACKING_SERVER_CERT_PATH",

@@ -1,7 +1,7 @@
 //! Chunks on local disk: named files in a directory that belongs to this mount alone.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,8 +46,14 @@ impl Spill {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(error),
             }
-            let lock = File::create(directory.join("lock"))?;
+            let mut lock = File::create(directory.join("lock"))?;
             lock.lock()?;
+            // Whether the disk takes anything shows now, and not when a program writes.
+            if let Err(error) = writeln!(lock, "{}", std::process::id()) {
+                let _ = std::fs::remove_file(directory.join("lock"));
+                let _ = std::fs::remove_dir(&directory);
+                return Err(error);
+            }
             return Ok(Arc::new(Self {
                 directory,
                 budget: Budget::plain(limit),

@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -233,6 +234,23 @@ pub fn mounts_at(path: &Path) -> usize {
     let table = String::from_utf8_lossy(&table).into_owned();
     let at = table.lines().filter_map(|line| line.split(' ').nth(4));
     at.filter(|at| *at == path).count()
+}
+
+/// Lets the program write files of at most `bytes` bytes: to it, that is a full disk.
+pub fn limit_files(command: &mut Command, bytes: u64) {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    let apply = move || {
+        // SAFETY: setrlimit may be called between fork and exec, and reads only its argument.
+        match unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: `apply` neither allocates nor locks.
+    unsafe { command.pre_exec(apply) };
 }
 
 /// Standard error of a process, for messages.
