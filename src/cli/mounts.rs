@@ -188,6 +188,10 @@ pub(super) fn unanswered(mountpoint: &Path, error: &Unanswered) -> anyhow::Error
                  unmount {shown}"
             )
         }
+        // The kernel lets nobody else in, not even root.
+        Unanswered::Failed(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+            anyhow!("{shown}: it is another user's; ask as the one who mounted it")
+        }
         Unanswered::Failed(_) => anyhow!("{shown}: it cannot be asked: {error}"),
     }
 }

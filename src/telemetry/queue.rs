@@ -5,14 +5,18 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::redact::redact;
 
 /// Lines that wait; those that find no place are counted and lost.
-const LINES: usize = 4096;
+const LINES: usize = 1024;
+/// Bytes of a line; what is longer loses its end.
+const LONGEST_LINE: usize = 16 << 10;
+/// How often a queue that is full is looked at, by who waits for its end.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A handle to the thread that writes.
 #[derive(Clone, Debug)]
@@ -42,10 +46,19 @@ impl Queue {
 
     /// Waits until what was logged so far is written, for at most `patience`.
     pub fn flush(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         let (reached, wait) = sync_channel(1);
-        if self.waiting.try_send(Item::Reached(reached)).is_ok() {
-            let _ = wait.recv_timeout(patience);
+        while self
+            .waiting
+            .try_send(Item::Reached(reached.clone()))
+            .is_err()
+        {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(LOOK);
         }
+        let _ = wait.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 }
 
@@ -77,7 +90,12 @@ fn pass_on(lines: &Receiver<Item>, lost: &AtomicU64, mut output: impl Write) {
 /// One event: the formatter hands it over whole.
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.waiting.try_send(Item::Line(line.to_vec())).is_err() {
+        let item = if line.len() > LONGEST_LINE {
+            Item::Line([&line[..LONGEST_LINE], " …\n".as_bytes()].concat())
+        } else {
+            Item::Line(line.to_vec())
+        };
+        if self.waiting.try_send(item).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
         Ok(line.len())
@@ -143,7 +161,11 @@ mod tests {
         let (_, may) = mpsc::channel();
         let mut queue = Queue::start(Held { may, written }).unwrap();
         queue.write_all(b"token=hunter2\n").unwrap();
+        let long = vec![b'x'; 2 * LONGEST_LINE];
+        queue.write_all(&long).unwrap();
         Queue::flush(&queue, PATIENCE);
         assert_eq!(lines.try_recv().unwrap(), b"token=[hidden]\n");
+        let cut = lines.try_recv().unwrap();
+        assert!(cut.len() < LONGEST_LINE + 8 && cut.ends_with(b"\n"));
     }
 }
