@@ -60,6 +60,8 @@ fn check_mountpoint(mountpoint: &Path) -> anyhow::Result<PathBuf> {
         }
     };
     if entries.next().is_some() {
+        // What is seen may be another mlfs, which came between.
+        mounts::check_free(mountpoint)?;
         bail!("mount point {shown}: not empty; choose an empty directory");
     }
     Ok(found)
