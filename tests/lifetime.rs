@@ -109,8 +109,9 @@ fn refuse_puts(lab: &Lab) {
 
 fn kill_and_wait(mount: &Mount<'_>) {
     send(mount.pid(), libc::SIGKILL);
+    // What the kernel knows of the root it goes on telling for a while.
     wait_until("the mount to be dead", || {
-        harness::errno(fs::metadata(&mount.path)) == libc::ENOTCONN
+        harness::errno(fs::read(mount.path.join(".mlfs/status"))) == libc::ENOTCONN
     });
 }
 
