@@ -81,6 +81,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         runtime.clone(),
         ReadOptions {
             transfers: config.transfers,
+            disk: config.cache.clone(),
         },
     );
     let spill = Spill::open(&config.spill_dir, config.spill_size)

@@ -58,15 +58,17 @@ pub struct S3Store {
     client: Arc<S3Client>,
     bucket: Arc<str>,
     name: String,
+    identity: String,
     metrics: Arc<StoreMetrics>,
 }
 
 impl S3Store {
     pub fn new(client: Arc<S3Client>, bucket: &str, metrics: Arc<StoreMetrics>) -> Self {
         Self {
-            client,
             bucket: bucket.into(),
             name: format!("s3://{bucket}"),
+            identity: format!("{}/{bucket}", client.endpoint),
+            client,
             metrics,
         }
     }
@@ -339,6 +341,10 @@ impl S3Store {
 impl Store for S3Store {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn identity(&self) -> &str {
+        &self.identity
     }
 
     fn capabilities(&self) -> Capabilities {
