@@ -157,6 +157,13 @@ impl Reader {
         &self.metrics
     }
 
+    /// Caches no more on disk, and waits a little until what was read is there. Blocks.
+    pub fn finish(&self) {
+        if let Some(disk) = &self.disk {
+            disk.finish();
+        }
+    }
+
     /// What the disk cache does, if there is one.
     pub fn disk_status(&self) -> Option<DiskStatus> {
         self.disk.as_ref().map(|disk| disk.status())
@@ -165,13 +172,5 @@ impl Reader {
     /// Bytes of blocks in memory.
     pub fn cached_bytes(&self) -> u64 {
         self.cache.bytes()
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        if let Some(disk) = &self.disk {
-            disk.close();
-        }
     }
 }

@@ -188,6 +188,25 @@ fn damage_on_disk_is_never_served_and_is_mended() {
 }
 
 #[test]
+fn a_mount_that_was_killed_while_caching_leaves_nothing_wrong() {
+    let lab = Lab::new();
+    let data = noise(60 << 20);
+    lab.put("f", data.clone());
+    let folder = lab.empty_folder();
+    let first = cached(&lab, &folder, &[]);
+    let pid = first.pid();
+    let path = first.at("f");
+    let reader = std::thread::spawn(move || fs::read(path));
+    wait_until("something to be cached", || usage(&folder) > 4 * MIB);
+    // SAFETY: the process of a mount of this test.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    let _ = reader.join();
+    drop(first);
+    let second = cached(&lab, &folder, &[]);
+    assert!(fs::read(second.at("f")).unwrap() == data);
+}
+
+#[test]
 fn the_limit_holds_while_more_is_read() {
     let lab = Lab::new();
     let limit = 64 * MIB;

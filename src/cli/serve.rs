@@ -158,6 +158,8 @@ async fn finish(vfs: &Arc<Vfs>, mounted: &mut Mounted, ended: bool) -> anyhow::R
             .context("the session with the kernel")?;
     }
     store_closed(vfs).await;
+    let reading = Arc::clone(vfs);
+    let _ = tokio::task::spawn_blocking(move || reading.finish_reading()).await;
     tracing::info!("unmounted");
     Ok(())
 }

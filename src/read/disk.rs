@@ -28,6 +28,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -45,6 +46,12 @@ pub(super) use version::Found;
 const LAYOUT: &str = "v1";
 /// Most versions kept open, with two descriptors each.
 const OPEN_VERSIONS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// A disk that has not answered for so long has failed: it is as long as the store may stall, and
+/// the folder may be another machine's.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the end of a mount waits for what is queued.
+const LAST_WRITES: Duration = Duration::from_secs(5);
 
 /// Where to cache, and how much.
 #[derive(Clone, Debug)]
@@ -109,9 +116,12 @@ impl Disk {
         disk
     }
 
-    /// Writes what is queued and takes no more.
-    pub fn close(&self) {
+    /// Takes no more, and waits a little until what is queued is written.
+    pub fn finish(&self) {
         self.queue.close();
+        if !self.queue.wait_until_empty(LAST_WRITES) {
+            tracing::debug!("the disk cache was not written to the end");
+        }
     }
 
     pub fn status(&self) -> DiskStatus {
@@ -204,10 +214,16 @@ impl DiskObject {
         }
         let (disk, identity) = (Arc::clone(&self.disk), Arc::clone(&self.identity));
         let wanted = blocks.clone();
-        tokio::task::spawn_blocking(move || disk.find(&identity, wanted))
-            .await
+        let finding = tokio::task::spawn_blocking(move || disk.find(&identity, wanted));
+        match tokio::time::timeout(PATIENCE, finding).await {
+            Ok(Ok(found)) => found,
             // The runtime is ending.
-            .unwrap_or(Found::Gap(blocks))
+            Ok(Err(_)) => Found::Gap(blocks),
+            Err(_) => {
+                self.disk.end(&io::Error::from(io::ErrorKind::TimedOut));
+                Found::Gap(blocks)
+            }
+        }
     }
 
     /// Offers consecutive blocks from `first` on, to be cached when there is room.

@@ -68,7 +68,7 @@ impl Queue {
         state.bytes += bytes;
         state.batches.push_back(batch);
         drop(state);
-        self.changed.notify_one();
+        self.changed.notify_all();
         true
     }
 
@@ -91,12 +91,21 @@ impl Queue {
         // Its reservations go back first, and outside of the lock.
         drop(batch);
         self.state.lock().bytes -= bytes;
+        self.changed.notify_all();
     }
 
     /// Takes no more; what is queued is still handed out.
     pub fn close(&self) {
         self.state.lock().closed = true;
-        self.changed.notify_one();
+        self.changed.notify_all();
+    }
+
+    /// Waits until everything has been dealt with; false when that takes longer than `patience`.
+    pub fn wait_until_empty(&self, patience: Duration) -> bool {
+        let mut state = self.state.lock();
+        self.changed
+            .wait_while_for(&mut state, |state| state.bytes > 0, patience);
+        state.bytes == 0
     }
 
     /// Lets go of everything and takes no more.
@@ -106,6 +115,7 @@ impl Queue {
         let bytes: u64 = batches.iter().map(Batch::bytes).sum();
         drop(batches);
         self.state.lock().bytes -= bytes;
+        self.changed.notify_all();
     }
 
     /// Bytes waiting or being written.

@@ -20,7 +20,7 @@ struct Cache(Arc<Disk>);
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        self.0.close();
+        self.0.queue.close();
     }
 }
 
@@ -43,11 +43,7 @@ impl Cache {
     /// Offers all of an object and waits until it has been dealt with.
     fn write(&self, identity: &Identity, bytes: &[u8]) {
         self.object(identity).offer(0, &blocks(bytes));
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while self.0.queue.bytes() > 0 {
-            assert!(Instant::now() < deadline, "not written");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        assert!(self.0.queue.wait_until_empty(Duration::from_secs(30)));
     }
 
     /// What there is of an object, and which blocks would have to be fetched.
@@ -293,6 +289,36 @@ fn the_least_recently_used_go_first_and_the_limit_holds() {
         assert!(Instant::now() < deadline, "nothing went");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn two_mounts_at_work_hold_the_limit_but_for_a_named_share() {
+    let folder = TempDir::new().unwrap();
+    let limit = 16 * MIB;
+    let bytes = noise(MIB as usize);
+    let mounts = [Cache::new(&folder, limit), Cache::new(&folder, limit)];
+    for number in 0..40 {
+        for (who, mount) in mounts.iter().enumerate() {
+            mount.write(&object(&format!("{who}-{number}"), &bytes), &bytes);
+            assert!(usage_of(&folder) <= limit + limit / 16 + MIB);
+        }
+    }
+    // Both go on caching.
+    for (who, mount) in mounts.iter().enumerate() {
+        let last = object(&format!("{who}-39"), &bytes);
+        assert!(mount.check(&last, &bytes).is_empty());
+    }
+}
+
+#[test]
+fn what_is_queued_when_a_mount_ends_is_written() {
+    let folder = TempDir::new().unwrap();
+    let bytes = noise(20 * MIB as usize);
+    let identity = object("k", &bytes);
+    let cache = Cache::new(&folder, NO_LIMIT);
+    cache.object(&identity).offer(0, &blocks(&bytes));
+    cache.0.finish();
+    assert!(cache.check(&identity, &bytes).is_empty());
 }
 
 #[test]
