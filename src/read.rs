@@ -5,9 +5,9 @@
 //!
 //! An object is read in **blocks** of [`BLOCK_SIZE`]. A block is in memory, on its way, on disk
 //! ([`disk`], when asked for), or in the store, and is fetched once, whoever waits for it. The
-//! first touch of a place fetches just the blocks that were asked for; [`pattern`] watches the offsets and says how far
-//! to run ahead; a format plan ([`plan`]) tells where a tensor or member ends, so that running
-//! ahead does not run past it.
+//! first touch of a place fetches just the blocks that were asked for; [`pattern`] watches the
+//! offsets and says how far to run ahead; a format plan ([`plan`]) tells where a tensor or member
+//! ends, so that running ahead does not run past it.
 
 mod block;
 mod disk;

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use sha2::{Digest, Sha256};
 
 use crate::read::Source;
+use crate::store::ETag;
 
 /// Stands first in every identity, so that no other text can be taken for one.
 const HEADING: &str = "mlfs cached version 1";
@@ -22,12 +23,11 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// `None` for what cannot be told apart from its other versions for certain: an object without
-    /// an ETag, or with one that is only weak.
+    /// `None` for what cannot be told apart from its other versions for certain.
     pub fn of(source: &Source) -> Option<Self> {
-        let etag = source.etag.as_ref()?.as_str();
-        let strong = !etag.is_empty() && !etag.starts_with("W/");
-        strong.then(|| Self::new(source.store.identity(), &source.key, etag, source.size))
+        let etag = strong(source.etag.as_ref())?;
+        let store = source.store.identity();
+        Some(Self::new(store, &source.key, etag, source.size))
     }
 
     pub fn new(store: &str, key: &str, etag: &str, size: u64) -> Self {
@@ -45,9 +45,33 @@ impl Identity {
     }
 }
 
+/// An ETag of which two that are equal mean that the bytes are (RFC 9110, 8.8.1).
+fn strong(etag: Option<&ETag>) -> Option<&str> {
+    let text = etag?.as_str();
+    let weak = text.starts_with("W/") || text.trim_matches('"').is_empty();
+    (!weak).then_some(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_strong_etag_makes_a_version() {
+        assert_eq!(strong(None), None);
+        for (etag, is_strong) in [
+            ("\"abc\"", true),
+            ("abc", true),
+            ("W/\"abc\"", false),
+            ("\"\"", false),
+        ] {
+            assert_eq!(
+                strong(Some(&ETag::new(etag))).is_some(),
+                is_strong,
+                "{etag}"
+            );
+        }
+    }
 
     #[test]
     fn everything_that_makes_a_version_makes_another_name() {

@@ -22,6 +22,10 @@ const FULL: Duration = Duration::from_secs(10);
 /// A folder that has been in the making for so long was left behind by a process that is gone.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
+/// Locked by whoever deletes. Not named as the spill's, which takes folders with a `lock` for its
+/// own, should both be told the same folder.
+const LOCK: &str = "eviction";
+
 /// A version on disk.
 #[derive(Debug)]
 struct Kept {
@@ -139,7 +143,7 @@ impl Space {
             .create(true)
             .truncate(false)
             .mode(0o600)
-            .open(self.root.join("lock"))?;
+            .open(self.root.join(LOCK))?;
         match lock.try_lock() {
             Ok(()) => Ok(Some(lock)),
             Err(TryLockError::WouldBlock) => Ok(None),
