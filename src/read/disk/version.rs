@@ -5,8 +5,9 @@
 //! a full disk or another process left half done is thus a block that is not there.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::read::block::Block;
 use crate::store::checksum::crc32c;
 
 /// Most blocks read or written by one call: 1 MiB, long enough that the call costs nothing beside
-/// the bytes. A block in memory keeps the whole run's buffer alive, so that longer is not better.
+/// the bytes.
 pub(super) const RUN: usize = 32;
 /// Blocks between two gaps, this many at most, are asked of the store along with the gaps: 512 KiB
 /// cost less than another round trip.
@@ -159,9 +160,11 @@ impl Version {
             .into_iter()
             .map_while(|sum| sum)
             .collect();
-        let run = self.read(blocks.start, &sums)?;
-        if !run.is_empty() {
-            return Ok(Found::Run(run));
+        if !sums.is_empty() {
+            let run = self.read(blocks.start, &sums)?;
+            if !run.is_empty() {
+                return Ok(Found::Run(run));
+            }
         }
         let present: Vec<bool> = self
             .checksums(&blocks)?
@@ -190,15 +193,14 @@ impl Version {
     fn read(&self, first: u64, sums: &[u32]) -> io::Result<Vec<Bytes>> {
         let start = first * BLOCK_SIZE;
         let end = (start + sums.len() as u64 * BLOCK_SIZE).min(self.size);
-        let mut buffer = vec![0; end.saturating_sub(start) as usize];
-        let there = read_up_to(&self.data, &mut buffer, start)?;
-        let run = Bytes::from(buffer);
-        let mut blocks = Vec::with_capacity(sums.len());
-        for (position, sum) in sums.iter().enumerate() {
-            let from = position * BLOCK_SIZE as usize;
-            let to = run.len().min(from + BLOCK_SIZE as usize);
-            if to > there || crc32c(&run[from..to]) != *sum {
-                let index = first + position as u64;
+        let mut run: Vec<Vec<u8>> = (start..end)
+            .step_by(BLOCK_SIZE as usize)
+            .map(|at| vec![0; BLOCK_SIZE.min(end - at) as usize])
+            .collect();
+        let mut there = read_scattered(&self.data, &mut run, start)?;
+        let mut blocks = Vec::with_capacity(run.len());
+        for ((index, sum), block) in (first..).zip(sums).zip(run) {
+            if block.len() > there || crc32c(&block) != *sum {
                 tracing::debug!(
                     index,
                     "a block of the disk cache is damaged; it is fetched again"
@@ -206,7 +208,8 @@ impl Version {
                 self.index.write_all_at(&ABSENT, index * ENTRY_SIZE)?;
                 break;
             }
-            blocks.push(run.slice(from..to));
+            there -= block.len();
+            blocks.push(Bytes::from(block));
         }
         Ok(blocks)
     }
@@ -284,6 +287,33 @@ fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> 
         }
     }
     Ok(there)
+}
+
+/// Reads into each of `buffers` in turn, by one call; returns how much there was. Each block has a
+/// buffer of its own: one for all would live, unaccounted for, as long as its last block.
+fn read_scattered(file: &File, buffers: &mut [Vec<u8>], offset: u64) -> io::Result<usize> {
+    let mut slices: Vec<IoSliceMut> = buffers
+        .iter_mut()
+        .map(|buffer| IoSliceMut::new(buffer))
+        .collect();
+    let (Ok(count), Ok(offset)) = (slices.len().try_into(), offset.try_into()) else {
+        return Err(io::Error::from_raw_os_error(libc::EFBIG));
+    };
+    loop {
+        // SAFETY: `IoSliceMut` is laid out as an iovec; the slices are writable and outlive the
+        // call.
+        let outcome =
+            unsafe { libc::preadv(file.as_raw_fd(), slices.as_mut_ptr().cast(), count, offset) };
+        match usize::try_from(outcome) {
+            Ok(there) => return Ok(there),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
 }
 
 /// How many blocks to ask the store for, where `present` says which are there and the first is
