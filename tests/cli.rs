@@ -28,6 +28,8 @@ fn each_wrong_use_is_one_clear_error_and_a_non_zero_exit() {
     let full = lab.empty_folder();
     fs::write(full.join("something"), b"").unwrap();
     let full = full.to_str().unwrap();
+    let inside = folder.join("cache");
+    let inside = inside.to_str().unwrap();
     let cases: &[(&[&str], &str)] = &[
         (&["/no/such/folder"], "there is no such directory"),
         (&[file], "not a directory"),
@@ -49,6 +51,8 @@ fn each_wrong_use_is_one_clear_error_and_a_non_zero_exit() {
             "cannot be reached",
         ),
         (&[at, "--tracking-uri", ""], "MLFLOW_TRACKING_URI"),
+        (&[at, "--cache-size", "1MiB"], "at least 64MiB"),
+        (&[at, "--cache-dir", inside], "inside the mount point"),
     ];
     for (arguments, expected) in cases {
         let message = mount_error(&lab, arguments);

@@ -38,6 +38,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         status.spill.used, status.spill.limit
     );
     println!("read    {} bytes served", status.read.bytes_served);
+    match &status.read.disk {
+        Some(disk) if disk.on => println!(
+            "cache   {} of {} bytes on disk, {} bytes read from there",
+            disk.bytes_stored, disk.limit, status.read.bytes_from_disk
+        ),
+        Some(_) => println!("cache   off: the disk failed, see the log"),
+        None => {}
+    }
     if status.pending.is_empty() {
         println!("everything written is stored");
     }
