@@ -3,7 +3,9 @@
 //! A callback never waits on the network: the vfs call is polled once, inline; if it is not ready
 //! then, the call and its reply move into a tokio task, and the thread takes the next request.
 
+mod answer;
 mod callbacks;
+mod convert;
 mod mount;
 
 pub use mount::{FuseOptions, Mounted, mount, unmount_path};

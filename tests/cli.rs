@@ -64,6 +64,8 @@ fn each_wrong_use_is_one_clear_error_and_exit_code_2() {
             &[at, "--tracking-uri", "http://me:hunter2@h:port"],
             "malformed",
         ),
+        (&[at, "--cache-size", "1MiB"], "at least 64MiB"),
+        (&[at, "--cache-dir", inside], "inside the mount point"),
     ];
     for (arguments, expected) in cases {
         let (code, message) = mount_error(&lab, &words(arguments));

@@ -138,6 +138,17 @@ fn a_body_that_breaks_off_is_resumed_and_no_byte_is_wrong() {
 }
 
 #[test]
+fn an_answer_that_is_shorter_than_it_says_is_asked_for_again() {
+    let lab = Lab::new();
+    let data = noise(3 << 20);
+    lab.put("f", data.clone());
+    let mount = lab.mount();
+    lab.s3
+        .set_faults(1, vec![Rule::once(Kind::Get, Fault::Truncate(1000))]);
+    assert!(fs::read(mount.at("f")).unwrap() == data);
+}
+
+#[test]
 fn a_slow_store_starves_nobody_else() {
     let lab = Lab::new();
     lab.put("slow", noise(1 << 20));
@@ -178,7 +189,7 @@ fn what_is_missing_or_forbidden_in_the_store_is_the_errno_a_program_expects() {
     let mut text = Vec::new();
     let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);
     assert_eq!(errno(read), libc::EACCES);
-    assert!(lab.log_text().contains("AccessDenied"));
+    lab.expect_log("AccessDenied");
     lab.s3.set_faults(1, Vec::new());
     lab.s3.delete(BUCKET, &format!("{PREFIX}/f"));
     let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);

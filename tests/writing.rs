@@ -4,26 +4,16 @@ mod harness;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use harness::{Lab, errno, noise, wait_until};
+use harness::{Lab, close, errno, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 const PART: usize = 5 << 20;
 /// Small parts, so that small files have several.
 const SMALL_PARTS: &[&str] = &["--part-size", "5MiB", "--memory", "128MiB"];
-
-/// close(2), whose error std's `File` swallows.
-fn close(file: File) -> i32 {
-    let descriptor = OwnedFd::from(file);
-    // SAFETY: the descriptor is owned here and forgotten right after.
-    let outcome = unsafe { libc::close(descriptor.as_raw_fd()) };
-    let error = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
-    std::mem::forget(descriptor);
-    if outcome == 0 { 0 } else { error }
-}
 
 #[test]
 fn close_returns_zero_only_when_the_whole_file_is_in_the_store() {
@@ -77,7 +67,7 @@ fn a_failed_close_is_an_errno_and_the_bytes_stay_and_are_sent_again() {
     file.write_all(b"precious").unwrap();
     assert_eq!(close(file), libc::EACCES);
     assert_eq!(fs::read(mount.at("f")).unwrap(), b"precious");
-    assert!(lab.log_text().contains("AccessDenied"));
+    lab.expect_log("AccessDenied");
     lab.s3.set_faults(1, Vec::new());
     fs::write(mount.path.join(".mlfs/drain"), b"now").unwrap();
     wait_until("the bytes to be stored", || {
@@ -475,49 +465,19 @@ fn trouble_that_passes_is_not_noticed() {
 }
 
 #[test]
-fn a_file_larger_than_memory_and_spill_is_written_within_them() {
+fn what_is_damaged_on_the_way_is_sent_again() {
     let lab = Lab::new();
-    let flags = [
-        "--part-size",
-        "5MiB",
-        "--memory",
-        "64MiB",
-        "--spill-size",
-        "10MiB",
-    ];
-    let mount = lab.mount_with(&flags);
-    let data = noise(60 * PART);
-    let mut file = File::create(mount.at("f")).unwrap();
-    file.write_all(&data).unwrap();
-    assert_eq!(close(file), 0);
+    let mount = lab.mount_with(SMALL_PARTS);
+    let kinds = [Kind::UploadPart, Kind::Put];
+    let rules = kinds.map(|kind| Rule::once(kind, Fault::WrongByte));
+    lab.s3.set_faults(1, rules.into());
+    let data = noise(2 * PART);
+    fs::write(mount.at("f"), &data).unwrap();
     assert!(lab.stored("f").unwrap() == data);
-    let status = mount.status();
-    for budget in ["memory", "spill"] {
-        assert!(status[budget]["peak"].as_u64() <= status[budget]["limit"].as_u64());
-    }
-}
-
-#[test]
-fn many_files_at_once_share_the_memory_by_spilling() {
-    let lab = Lab::new();
-    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "64MiB"]);
-    let data = noise(4 << 20);
-    let files: Vec<File> = (0..40)
-        .map(|index| File::create(mount.at(&format!("f{index}"))).unwrap())
-        .collect();
-    for piece in data.chunks(1 << 20) {
-        for mut file in &files {
-            file.write_all(piece).unwrap();
-        }
-    }
-    assert!(mount.status()["spill"]["peak"].as_u64().unwrap() > 0);
-    for file in files {
-        assert_eq!(close(file), 0);
-    }
-    for index in 0..40 {
-        assert!(lab.stored(&format!("f{index}")).unwrap() == data);
-    }
-    assert_eq!(mount.status()["spill"]["used"], 0);
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, 3);
+    fs::write(mount.at("g"), b"small").unwrap();
+    assert_eq!(lab.stored("g").unwrap(), b"small");
+    assert_eq!(lab.s3.stats().of(Kind::Put).requests, 2);
 }
 
 #[test]

@@ -2,11 +2,13 @@
 
 mod body;
 mod faults;
+mod multipart;
 mod objects;
 mod operations;
 mod request;
 mod server;
 mod stats;
+mod time;
 mod xml;
 
 pub use faults::{Fault, Rule};

@@ -70,8 +70,10 @@ fn check_mountpoint(mountpoint: &Path) -> anyhow::Result<PathBuf> {
 /// What mlfs itself writes must not lie in its own mount, which would wait for itself.
 fn check_outside(config: &Config) -> anyhow::Result<()> {
     let log_file = config.log_file.as_deref();
+    let cache = config.cache.as_ref();
     let named = [
         ("--spill-dir", Some(config.spill_dir.as_path())),
+        ("--cache-dir", cache.map(|cache| cache.directory.as_path())),
         ("--log-file", log_file),
     ];
     for (flag, path) in named {

@@ -165,6 +165,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         runtime.clone(),
         ReadOptions {
             transfers: config.transfers,
+            disk: config.cache.clone(),
         },
     );
     let spill = Spill::open(&config.spill_dir, config.spill_size).map_err(|error| {
@@ -235,6 +236,8 @@ async fn finish(vfs: &Arc<Vfs>, mounted: &mut Mounted, ended: bool) -> anyhow::R
             .context("the session with the kernel")?;
     }
     store_closed(vfs).await;
+    let reading = Arc::clone(vfs);
+    let _ = tokio::task::spawn_blocking(move || reading.finish_reading()).await;
     tracing::info!("unmounted");
     Ok(())
 }

@@ -59,6 +59,14 @@ fn describe(status: &Status) -> String {
         ),
         format!("read    {} bytes served", status.read.bytes_served),
     ];
+    match &status.read.disk {
+        Some(disk) if disk.on => lines.push(format!(
+            "cache   {} of {} bytes on disk, {} bytes read from there",
+            disk.bytes_stored, disk.limit, status.read.bytes_from_disk
+        )),
+        Some(_) => lines.push("cache   off: the disk failed, see the log".to_owned()),
+        None => {}
+    }
     if status.pending.is_empty() {
         lines.push("everything written is stored".to_owned());
     }

@@ -2,26 +2,22 @@
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
-use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::task::{Context, Waker};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyIoctl, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
-    WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
 
-use crate::vfs::{
-    Access, Attributes, EntryAttributes, FileKind, Inode, Opened, RenameMode, Vfs, VfsError,
-    VfsResult, WriteOutcome,
-};
+use super::answer::{Answering, attr, done, entry};
+use super::convert::{access, attributes, file_type, open_flags};
+use crate::vfs::{EntryAttributes, Inode, Listed, Opened, RenameMode, Vfs, WriteOutcome};
 
 /// Requests the kernel may have in flight beyond those somebody waits for (readahead).
 const BACKGROUND: u16 = 64;
@@ -30,114 +26,20 @@ const LARGEST_WRITE: u32 = 1 << 20;
 const LONGEST_NAME: u32 = 255;
 
 pub(super) struct Callbacks {
-    vfs: Arc<Vfs>,
-    runtime: Handle,
+    answering: Answering,
 }
 
 impl Callbacks {
     pub fn new(vfs: Arc<Vfs>, runtime: Handle) -> Self {
-        Self { vfs, runtime }
-    }
-
-    /// Runs `call` and then `reply`: inline when it is ready at once, else in a task.
-    fn answer<T, F>(&self, call: F, reply: impl FnOnce(T) + Send + 'static)
-    where
-        F: Future<Output = T> + Send + 'static,
-        T: Send + 'static,
-    {
-        let _runtime = self.runtime.enter();
-        let mut task = Box::pin(async move { reply(call.await) });
-        let mut context = Context::from_waker(Waker::noop());
-        if task.as_mut().poll(&mut context).is_pending() {
-            self.runtime.spawn(task);
+        Self {
+            answering: Answering { vfs, runtime },
         }
-    }
-
-    /// The errno to answer; an unusual one is logged with its cause.
-    fn errno(&self, call: &'static str, inode: Inode, error: &VfsError) -> Errno {
-        report(&self.vfs, call, inode, error)
-    }
-}
-
-fn report(vfs: &Vfs, call: &'static str, inode: Inode, error: &VfsError) -> Errno {
-    if let Some(cause) = &error.cause {
-        let errno = io::Error::from_raw_os_error(error.errno);
-        tracing::warn!(call, path = vfs.path(inode), %errno, %cause, "failed");
-    }
-    Errno::from_i32(error.errno)
-}
-
-fn attributes(told: &Attributes) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(told.inode),
-        size: told.size,
-        blocks: told.size.div_ceil(512),
-        atime: told.modified,
-        mtime: told.modified,
-        ctime: told.modified,
-        crtime: told.modified,
-        kind: file_type(told.kind),
-        perm: told.mode,
-        nlink: told.links,
-        uid: told.uid,
-        gid: told.gid,
-        rdev: 0,
-        blksize: told.preferred_block,
-        flags: 0,
-    }
-}
-
-fn file_type(kind: FileKind) -> FileType {
-    match kind {
-        FileKind::Directory => FileType::Directory,
-        FileKind::Regular => FileType::RegularFile,
-    }
-}
-
-fn open_flags(opened: &Opened) -> FopenFlags {
-    let mut flags = FopenFlags::empty();
-    if opened.direct {
-        flags |= FopenFlags::FOPEN_DIRECT_IO;
-    } else if opened.keep_cache {
-        flags |= FopenFlags::FOPEN_KEEP_CACHE;
-    }
-    flags
-}
-
-fn access(flags: i32, thread: u32) -> Access {
-    let mode = OpenFlags(flags).acc_mode();
-    Access {
-        read: mode != OpenAccMode::O_WRONLY,
-        write: mode != OpenAccMode::O_RDONLY,
-        truncate: flags & libc::O_TRUNC != 0,
-        exclusive: flags & libc::O_EXCL != 0,
-        thread,
     }
 }
 
 thread_local! {
     /// Where an answer of several frames is put together; as large as the largest read.
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-fn reply_entry(vfs: &Vfs, parent: Inode, outcome: VfsResult<EntryAttributes>, reply: ReplyEntry) {
-    match outcome {
-        Ok(entry) => reply.entry(&entry.ttl, &attributes(&entry.attributes), Generation(0)),
-        Err(error) => reply.error(report(vfs, "lookup", parent, &error)),
-    }
-}
-
-fn reply_empty(
-    vfs: &Vfs,
-    call: &'static str,
-    inode: Inode,
-    outcome: VfsResult<()>,
-    reply: ReplyEmpty,
-) {
-    match outcome {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(report(vfs, call, inode, &error)),
-    }
 }
 
 impl Filesystem for Callbacks {
@@ -161,18 +63,17 @@ impl Filesystem for Callbacks {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
-        let answering = Arc::clone(&self.vfs);
-        self.answer(
-            async move { vfs.lookup(parent.0, &name).await },
-            move |outcome| {
-                reply_entry(&answering, parent.0, outcome, reply);
-            },
+        let name = name.to_owned();
+        self.answering.call(
+            "lookup",
+            parent.0,
+            |vfs| async move { vfs.lookup(parent.0, &name).await },
+            entry(reply),
         );
     }
 
     fn forget(&self, _request: &Request, inode: INodeNo, count: u64) {
-        self.vfs.forget(inode.0, count);
+        self.answering.vfs.forget(inode.0, count);
     }
 
     fn getattr(
@@ -182,9 +83,9 @@ impl Filesystem for Callbacks {
         _handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
-        match self.vfs.attributes(inode.0) {
+        match self.answering.vfs.attributes(inode.0) {
             Ok(entry) => reply.attr(&entry.ttl, &attributes(&entry.attributes)),
-            Err(error) => reply.error(self.errno("getattr", inode.0, &error)),
+            Err(error) => reply.error(self.answering.errno("getattr", inode.0, &error)),
         }
     }
 
@@ -206,9 +107,7 @@ impl Filesystem for Callbacks {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
-        let call = async move {
+        let call = |vfs: Arc<Vfs>| async move {
             if let Some(size) = size {
                 vfs.set_size(inode.0, size).await?;
             }
@@ -221,10 +120,7 @@ impl Filesystem for Callbacks {
             }
             vfs.attributes(inode.0)
         };
-        self.answer(call, move |outcome| match outcome {
-            Ok(entry) => reply.attr(&entry.ttl, &attributes(&entry.attributes)),
-            Err(error) => reply.error(report(&answering, "setattr", inode.0, &error)),
-        });
+        self.answering.call("setattr", inode.0, call, attr(reply));
     }
 
     fn mknod(
@@ -241,17 +137,14 @@ impl Filesystem for Callbacks {
             reply.error(Errno::EPERM);
             return;
         }
-        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
-        let answering = Arc::clone(&self.vfs);
+        let name = name.to_owned();
         let access = access(libc::O_WRONLY | libc::O_EXCL, request.pid());
-        let call = async move {
+        let call = |vfs: Arc<Vfs>| async move {
             let (entry, opened) = vfs.create(parent.0, &name, access).await?;
             vfs.release(opened.handle);
             Ok(entry)
         };
-        self.answer(call, move |outcome| {
-            reply_entry(&answering, parent.0, outcome, reply)
-        });
+        self.answering.call("mknod", parent.0, call, entry(reply));
     }
 
     fn mkdir(
@@ -263,35 +156,32 @@ impl Filesystem for Callbacks {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
-        let answering = Arc::clone(&self.vfs);
-        self.answer(
-            async move { vfs.make_directory(parent.0, &name).await },
-            move |outcome| {
-                reply_entry(&answering, parent.0, outcome, reply);
-            },
+        let name = name.to_owned();
+        self.answering.call(
+            "mkdir",
+            parent.0,
+            |vfs| async move { vfs.make_directory(parent.0, &name).await },
+            entry(reply),
         );
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
-        let answering = Arc::clone(&self.vfs);
-        self.answer(
-            async move { vfs.unlink(parent.0, &name).await },
-            move |outcome| {
-                reply_empty(&answering, "unlink", parent.0, outcome, reply);
-            },
+        let name = name.to_owned();
+        self.answering.call(
+            "unlink",
+            parent.0,
+            |vfs| async move { vfs.unlink(parent.0, &name).await },
+            done(reply),
         );
     }
 
     fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
-        let answering = Arc::clone(&self.vfs);
-        self.answer(
-            async move { vfs.remove_directory(parent.0, &name).await },
-            move |outcome| {
-                reply_empty(&answering, "rmdir", parent.0, outcome, reply);
-            },
+        let name = name.to_owned();
+        self.answering.call(
+            "rmdir",
+            parent.0,
+            |vfs| async move { vfs.remove_directory(parent.0, &name).await },
+            done(reply),
         );
     }
 
@@ -314,26 +204,22 @@ impl Filesystem for Callbacks {
             }
         };
         let (name, to_name) = (name.to_owned(), to_name.to_owned());
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
-        let call = async move {
+        let call = |vfs: Arc<Vfs>| async move {
             vfs.rename(parent.0, &name, to_parent.0, &to_name, mode)
                 .await
         };
-        self.answer(call, move |outcome| {
-            reply_empty(&answering, "rename", parent.0, outcome, reply);
-        });
+        self.answering.call("rename", parent.0, call, done(reply));
     }
 
     fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
         let access = access(flags.0, request.pid());
-        self.answer(
-            async move { vfs.open(inode.0, access).await },
-            move |outcome| match outcome {
+        self.answering.call(
+            "open",
+            inode.0,
+            |vfs| async move { vfs.open(inode.0, access).await },
+            |outcome| match outcome {
                 Ok(opened) => reply.opened(FileHandle(opened.handle), open_flags(&opened)),
-                Err(error) => reply.error(report(&answering, "open", inode.0, &error)),
+                Err(errno) => reply.error(errno),
             },
         );
     }
@@ -348,11 +234,10 @@ impl Filesystem for Callbacks {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let (vfs, name) = (Arc::clone(&self.vfs), name.to_owned());
-        let answering = Arc::clone(&self.vfs);
+        let name = name.to_owned();
         let access = access(flags, request.pid());
-        let call = async move { vfs.create(parent.0, &name, access).await };
-        self.answer(call, move |outcome| match outcome {
+        let call = |vfs: Arc<Vfs>| async move { vfs.create(parent.0, &name, access).await };
+        let answer = move |outcome: Result<(EntryAttributes, Opened), Errno>| match outcome {
             Ok((entry, opened)) => reply.created(
                 &entry.ttl,
                 &attributes(&entry.attributes),
@@ -360,8 +245,9 @@ impl Filesystem for Callbacks {
                 FileHandle(opened.handle),
                 open_flags(&opened),
             ),
-            Err(error) => reply.error(report(&answering, "create", parent.0, &error)),
-        });
+            Err(errno) => reply.error(errno),
+        };
+        self.answering.call("create", parent.0, call, answer);
     }
 
     fn read(
@@ -375,15 +261,17 @@ impl Filesystem for Callbacks {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
-        let call = async move { vfs.read(handle.0, offset, size).await };
-        self.answer(call, move |outcome| match outcome {
-            Ok(segments) => SCRATCH.with_borrow_mut(|scratch| {
-                reply.data(segments.contiguous(scratch));
-            }),
-            Err(error) => reply.error(report(&answering, "read", inode.0, &error)),
-        });
+        self.answering.call(
+            "read",
+            inode.0,
+            |vfs| async move { vfs.read(handle.0, offset, size).await },
+            |outcome| match outcome {
+                Ok(segments) => SCRATCH.with_borrow_mut(|scratch| {
+                    reply.data(segments.contiguous(scratch));
+                }),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn write(
@@ -402,19 +290,22 @@ impl Filesystem for Callbacks {
         let from_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let thread = if from_cache { 0 } else { request.pid() };
         let written = data.len() as u32;
-        let taken = match self.vfs.try_write(handle.0, offset, data, thread) {
+        let taken = match self.answering.vfs.try_write(handle.0, offset, data, thread) {
             Ok(WriteOutcome::Done) => return reply.written(written),
             Ok(WriteOutcome::Partial(taken)) => taken,
-            Err(error) => return reply.error(self.errno("write", inode.0, &error)),
+            Err(error) => return reply.error(self.answering.errno("write", inode.0, &error)),
         };
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
         let rest = Bytes::copy_from_slice(&data[taken..]);
-        let call = async move { vfs.write(handle.0, offset + taken as u64, rest).await };
-        self.answer(call, move |outcome| match outcome {
-            Ok(()) => reply.written(written),
-            Err(error) => reply.error(report(&answering, "write", inode.0, &error)),
-        });
+        let offset = offset + taken as u64;
+        self.answering.call(
+            "write",
+            inode.0,
+            |vfs| async move { vfs.write(handle.0, offset, rest).await },
+            move |outcome| match outcome {
+                Ok(()) => reply.written(written),
+                Err(errno) => reply.error(errno),
+            },
+        );
     }
 
     fn flush(
@@ -425,14 +316,12 @@ impl Filesystem for Callbacks {
         _owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
         let thread = request.pid();
-        self.answer(
-            async move { vfs.flush(handle.0, thread).await },
-            move |outcome| {
-                reply_empty(&answering, "close", inode.0, outcome, reply);
-            },
+        self.answering.call(
+            "close",
+            inode.0,
+            |vfs| async move { vfs.flush(handle.0, thread).await },
+            done(reply),
         );
     }
 
@@ -446,7 +335,7 @@ impl Filesystem for Callbacks {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.vfs.release(handle.0);
+        self.answering.vfs.release(handle.0);
         reply.ok();
     }
 
@@ -458,20 +347,18 @@ impl Filesystem for Callbacks {
         _data_only: bool,
         reply: ReplyEmpty,
     ) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
-        self.answer(
-            async move { vfs.synchronise(handle.0).await },
-            move |outcome| {
-                reply_empty(&answering, "fsync", inode.0, outcome, reply);
-            },
+        self.answering.call(
+            "fsync",
+            inode.0,
+            |vfs| async move { vfs.synchronise(handle.0).await },
+            done(reply),
         );
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.vfs.open_directory(inode.0) {
+        match self.answering.vfs.open_directory(inode.0) {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
-            Err(error) => reply.error(self.errno("opendir", inode.0, &error)),
+            Err(error) => reply.error(self.answering.errno("opendir", inode.0, &error)),
         }
     }
 
@@ -483,15 +370,14 @@ impl Filesystem for Callbacks {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
+        let vfs = Arc::clone(&self.answering.vfs);
         let from = (offset as usize).saturating_sub(DOTS);
-        let call = async move { vfs.read_directory(handle.0, from).await };
-        self.answer(call, move |outcome| match outcome {
-            Err(error) => reply.error(report(&answering, "readdir", inode.0, &error)),
+        let call = |vfs: Arc<Vfs>| async move { vfs.read_directory(handle.0, from).await };
+        let answer = move |outcome: Result<Vec<Listed>, Errno>| match outcome {
+            Err(errno) => reply.error(errno),
             Ok(batch) => {
                 let mut full = false;
-                for (position, name, inode) in dots(&answering, inode.0, offset) {
+                for (position, name, inode) in dots(&vfs, inode.0, offset) {
                     full = full || reply.add(INodeNo(inode), position, FileType::Directory, name);
                 }
                 for (index, listed) in batch.iter().enumerate() {
@@ -502,7 +388,8 @@ impl Filesystem for Callbacks {
                 }
                 reply.ok();
             }
-        });
+        };
+        self.answering.call("readdir", inode.0, call, answer);
     }
 
     fn readdirplus(
@@ -513,16 +400,15 @@ impl Filesystem for Callbacks {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
+        let vfs = Arc::clone(&self.answering.vfs);
         let from = (offset as usize).saturating_sub(DOTS);
-        let call = async move { vfs.read_directory(handle.0, from).await };
-        self.answer(call, move |outcome| match outcome {
-            Err(error) => reply.error(report(&answering, "readdir", inode.0, &error)),
+        let call = |vfs: Arc<Vfs>| async move { vfs.read_directory(handle.0, from).await };
+        let answer = move |outcome: Result<Vec<Listed>, Errno>| match outcome {
+            Err(errno) => reply.error(errno),
             Ok(batch) => {
                 let mut full = false;
-                for (position, name, dot) in dots(&answering, inode.0, offset) {
-                    let Ok(entry) = answering.attributes(dot) else {
+                for (position, name, dot) in dots(&vfs, inode.0, offset) {
+                    let Ok(entry) = vfs.attributes(dot) else {
                         continue;
                     };
                     let told = attributes(&entry.attributes);
@@ -541,7 +427,7 @@ impl Filesystem for Callbacks {
                         break;
                     }
                     let position = (from + index + 1 + DOTS) as u64;
-                    let Ok(entry) = answering.listed_attributes(inode.0, listed) else {
+                    let Ok(entry) = vfs.listed_attributes(inode.0, listed) else {
                         continue;
                     };
                     let told = attributes(&entry.attributes);
@@ -553,11 +439,12 @@ impl Filesystem for Callbacks {
                         &told,
                         Generation(0),
                     );
-                    answering.accept_listed(told.ino.0, !full);
+                    vfs.accept_listed(told.ino.0, !full);
                 }
                 reply.ok();
             }
-        });
+        };
+        self.answering.call("readdir", inode.0, call, answer);
     }
 
     fn releasedir(
@@ -568,12 +455,12 @@ impl Filesystem for Callbacks {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.vfs.release_directory(handle.0);
+        self.answering.vfs.release_directory(handle.0);
         reply.ok();
     }
 
     fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
-        let usage = self.vfs.usage();
+        let usage = self.answering.vfs.usage();
         let files = u64::from(u32::MAX);
         reply.statfs(
             usage.blocks,
@@ -653,14 +540,12 @@ impl Filesystem for Callbacks {
             reply.error(Errno::EOPNOTSUPP);
             return;
         }
-        let vfs = Arc::clone(&self.vfs);
-        let answering = Arc::clone(&self.vfs);
         let end = offset.saturating_add(length);
-        self.answer(
-            async move { vfs.allocate(inode.0, end).await },
-            move |outcome| {
-                reply_empty(&answering, "fallocate", inode.0, outcome, reply);
-            },
+        self.answering.call(
+            "fallocate",
+            inode.0,
+            |vfs| async move { vfs.allocate(inode.0, end).await },
+            done(reply),
         );
     }
 }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::Vfs;
+use crate::read::DiskStatus;
 
 /// A file that is not, or not wholly, in the store.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,6 +39,11 @@ pub struct ReadStatus {
     pub bytes_demanded: u64,
     pub bytes_prefetched: u64,
     pub bytes_cached: u64,
+    #[serde(default)]
+    pub bytes_from_disk: u64,
+    /// `None` without a disk cache.
+    #[serde(default)]
+    pub disk: Option<DiskStatus>,
 }
 
 /// `.mlfs/status`.
@@ -111,6 +117,8 @@ impl Vfs {
                 bytes_demanded: read.bytes_demanded.load(Ordering::Relaxed),
                 bytes_prefetched: read.bytes_prefetched.load(Ordering::Relaxed),
                 bytes_cached: self.reader.cached_bytes(),
+                bytes_from_disk: read.bytes_from_disk.load(Ordering::Relaxed),
+                disk: self.reader.disk_status(),
             },
             store: self.stores.metrics(),
             inodes: self.tree.lock().len(),

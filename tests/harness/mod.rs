@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -94,6 +95,13 @@ impl Lab {
 
     pub fn log_text(&self) -> String {
         std::fs::read_to_string(self.log()).unwrap_or_default()
+    }
+
+    /// Waits until the log says `words`: its lines are written by a thread of their own.
+    pub fn expect_log(&self, words: &str) {
+        wait_until(&format!("the log to say {words}"), || {
+            self.log_text().contains(words)
+        });
     }
 
     pub fn empty_folder(&self) -> PathBuf {
@@ -286,4 +294,14 @@ pub fn errno(outcome: std::io::Result<impl Sized>) -> i32 {
         .err()
         .and_then(|error| error.raw_os_error())
         .unwrap_or(0)
+}
+
+/// close(2), whose error std's `File` swallows.
+pub fn close(file: std::fs::File) -> i32 {
+    let descriptor = OwnedFd::from(file);
+    // SAFETY: the descriptor is owned here and forgotten right after.
+    let outcome = unsafe { libc::close(descriptor.as_raw_fd()) };
+    let error = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    std::mem::forget(descriptor);
+    if outcome == 0 { 0 } else { error }
 }

@@ -35,6 +35,9 @@ struct Object {
     /// Requests in flight
     #[arg(long, default_value_t = 16)]
     in_flight: usize,
+    /// Make bodies part of the signature
+    #[arg(long)]
+    sign_payload: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -60,6 +63,35 @@ enum Command {
         /// MiB
         #[arg(long, default_value_t = 8)]
         range: u64,
+    },
+    /// The header of a safetensors file, then one tensor in parallel ranges
+    Tensor {
+        #[command(flatten)]
+        object: Object,
+        /// MiB of each tensor
+        #[arg(long)]
+        size: u64,
+        /// Which tensor
+        #[arg(long)]
+        index: u64,
+        /// MiB
+        #[arg(long, default_value_t = 4)]
+        range: u64,
+    },
+    /// A listing of everything whose key starts with KEY, page by page
+    List {
+        #[command(flatten)]
+        object: Object,
+    },
+    /// Whole objects below KEY, each by one PUT
+    Small {
+        #[command(flatten)]
+        object: Object,
+        #[arg(long)]
+        files: u64,
+        /// KiB each
+        #[arg(long)]
+        size: u64,
     },
     /// Ranged GETs at random places
     Random {
@@ -93,6 +125,18 @@ async fn main() -> anyhow::Result<()> {
                 .collect();
             get(&object, places, range * MIB).await?
         }
+        Command::Tensor {
+            object,
+            size,
+            index,
+            range,
+        } => tensor(&object, size * MIB, index, range * MIB).await?,
+        Command::List { object } => list(&object).await?,
+        Command::Small {
+            object,
+            files,
+            size,
+        } => small(&object, files, size * 1024).await?,
         Command::Random {
             object,
             size,
@@ -173,7 +217,7 @@ async fn put(object: &Object, size: u64, part: u64) -> anyhow::Result<(u64, Vec<
             let (bucket, key) = (bucket.clone(), key.clone());
             async move {
                 let crc = BASE64_STANDARD.encode(crc_fast::crc32_iscsi(&body).to_be_bytes());
-                let answer = client
+                let mut operation = client
                     .upload_part()
                     .bucket(bucket)
                     .key(key)
@@ -181,10 +225,11 @@ async fn put(object: &Object, size: u64, part: u64) -> anyhow::Result<(u64, Vec<
                     .part_number(number as i32)
                     .checksum_crc32_c(crc)
                     .body(ByteStream::from(body))
-                    .customize()
-                    .disable_payload_signing()
-                    .send()
-                    .await?;
+                    .customize();
+                if !object.sign_payload {
+                    operation = operation.disable_payload_signing();
+                }
+                let answer = operation.send().await?;
                 let part = CompletedPart::builder().part_number(number as i32);
                 anyhow::Ok(part.set_e_tag(answer.e_tag).build())
             }
@@ -236,4 +281,82 @@ async fn get(
         .try_collect()
         .await?;
     Ok((bytes, latencies))
+}
+
+async fn fetch(client: &Client, object: &Object, from: u64, to: u64) -> anyhow::Result<Bytes> {
+    let answer = client
+        .get_object()
+        .bucket(&object.bucket)
+        .key(&object.key)
+        .range(format!("bytes={from}-{}", to - 1))
+        .send()
+        .await?;
+    Ok(answer.body.collect().await?.into_bytes())
+}
+
+async fn tensor(
+    object: &Object,
+    size: u64,
+    index: u64,
+    range: u64,
+) -> anyhow::Result<(u64, Vec<Duration>)> {
+    let length = {
+        let client = client(object);
+        let told = fetch(&client, object, 0, 8).await?;
+        let length = u64::from_le_bytes(told.as_ref().try_into().context("no header length")?);
+        fetch(&client, object, 8, 8 + length).await?;
+        length
+    };
+    let start = 8 + length + index * size;
+    let places = (0..size.div_ceil(range))
+        .map(|piece| start + piece * range)
+        .collect();
+    get(object, places, range).await
+}
+
+async fn list(object: &Object) -> anyhow::Result<(u64, Vec<Duration>)> {
+    let client = client(object);
+    let mut token = None;
+    loop {
+        let page = client
+            .list_objects_v2()
+            .bucket(&object.bucket)
+            .prefix(&object.key)
+            .set_continuation_token(token)
+            .send()
+            .await?;
+        token = page.next_continuation_token;
+        if token.is_none() {
+            return Ok((0, Vec::new()));
+        }
+    }
+}
+
+async fn small(object: &Object, files: u64, size: u64) -> anyhow::Result<(u64, Vec<Duration>)> {
+    let client = Arc::new(client(object));
+    let body = Bytes::from(vec![7_u8; size as usize]);
+    let crc = BASE64_STANDARD.encode(crc_fast::crc32_iscsi(&body).to_be_bytes());
+    let latencies = stream::iter(0..files)
+        .map(|number| {
+            let (client, body, crc) = (Arc::clone(&client), body.clone(), crc.clone());
+            let bucket = object.bucket.clone();
+            let key = format!("{}/{number}", object.key);
+            async move {
+                let started = Instant::now();
+                let operation = client
+                    .put_object()
+                    .bucket(bucket)
+                    .key(key)
+                    .checksum_crc32_c(crc)
+                    .body(ByteStream::from(body))
+                    .customize()
+                    .disable_payload_signing();
+                operation.send().await?;
+                anyhow::Ok(started.elapsed())
+            }
+        })
+        .buffer_unordered(object.in_flight)
+        .try_collect()
+        .await?;
+    Ok((files * size, latencies))
 }

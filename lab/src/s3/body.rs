@@ -58,19 +58,37 @@ impl Pace {
 pub(super) struct Damage {
     pub break_after: Option<u64>,
     pub stall: Option<Duration>,
+    /// The body ends after so many bytes, as if it were meant to.
+    pub truncate: Option<u64>,
+    pub wrong_byte: bool,
 }
 
-/// A body of `frames`, paced and damaged.
-pub(super) fn outgoing(frames: Vec<Bytes>, rate: Option<u64>, damage: Damage) -> Body {
+/// Inverts the first byte of a body.
+pub(super) fn spoil(frames: &mut [Bytes]) {
+    if let Some(frame) = frames.iter_mut().find(|frame| !frame.is_empty()) {
+        let mut spoilt = frame.to_vec();
+        spoilt[0] = !spoilt[0];
+        *frame = spoilt.into();
+    }
+}
+
+/// A body of `frames`, paced and damaged; `sending` is told the length of each piece.
+pub(super) fn outgoing(
+    frames: Vec<Bytes>,
+    rate: Option<u64>,
+    damage: Damage,
+    sending: impl Fn(u64) + Send + 'static,
+) -> Body {
     let state = (
         frames.into_iter(),
         Bytes::new(),
         Pace::new(rate),
         damage,
         0_u64,
+        sending,
     );
     let frames = stream::unfold(Some(state), |state| async move {
-        let (mut frames, mut current, mut pace, mut damage, sent) = state?;
+        let (mut frames, mut current, mut pace, mut damage, sent, sending) = state?;
         while current.is_empty() {
             current = frames.next()?;
         }
@@ -91,7 +109,9 @@ pub(super) fn outgoing(frames: Vec<Bytes>, rate: Option<u64>, damage: Damage) ->
             tokio::time::sleep(stall).await;
         }
         pace.pass(length).await;
-        let state = (frames, current, pace, damage, sent + length as u64);
+        sending(length as u64);
+        let sent = sent + length as u64;
+        let state = (frames, current, pace, damage, sent, sending);
         Some((Ok(Frame::data(piece)), Some(state)))
     });
     StreamBody::new(Box::pin(frames))
@@ -99,7 +119,7 @@ pub(super) fn outgoing(frames: Vec<Bytes>, rate: Option<u64>, damage: Damage) ->
 
 /// A body that is one text.
 pub(super) fn text(text: String) -> Body {
-    outgoing(vec![text.into()], None, Damage::default())
+    outgoing(vec![text.into()], None, Damage::default(), |_| {})
 }
 
 /// Reads a request's body, frame by frame, never copied together.

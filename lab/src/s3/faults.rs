@@ -17,7 +17,9 @@ pub enum Fault {
     ResetAfter(u64),
     /// The answer's body stalls for so many milliseconds after its first frame.
     Stall(u64),
-    /// One byte of the answer's body is wrong.
+    /// The answer says that it carries only so many bytes, and does; Content-Range says otherwise.
+    Truncate(u64),
+    /// One byte of the body is wrong, whichever way it goes.
     WrongByte,
     /// It is done, and answered with 504.
     DoThenFail,

@@ -2,32 +2,35 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, Digest};
 use hyper::Response;
-use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-use super::body::{Body, Damage, outgoing, text, unchunk};
-use super::objects::{Content, Object, Objects, Part, Upload};
-use super::request::{Asked, parse_range};
+use super::body::{Body, Damage, outgoing, spoil, text, unchunk};
+use super::objects::{Content, Object, Objects};
+use super::request::Asked;
 use super::server::ServerOptions;
-use super::stats::Kind;
+use super::stats::{Counter, Kind};
+use super::time::{http_time, iso_time};
 use super::xml::{elements, escape, text as xml_text};
 
 const PAGE: usize = 1000;
-const XML: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n";
+/// What `encoding-type=url` leaves as it is.
+const LISTED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'/')
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'*');
+pub(super) const XML: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n";
 
-/// An answer, and how many bytes of it are content.
-pub(super) struct Answer {
-    pub response: Response<Body>,
-    pub content: u64,
-}
-
-type Outcome = Result<Answer, Failure>;
+pub(super) type Answer = Response<Body>;
+pub(super) type Outcome = Result<Answer, Failure>;
 
 /// A checksum header, to be echoed.
 type Checksum = (&'static str, String);
@@ -36,7 +39,7 @@ type Checksum = (&'static str, String);
 #[derive(Debug)]
 pub(super) struct Failure(pub u16, pub String);
 
-fn fail<T>(status: u16, code: &str) -> Result<T, Failure> {
+pub(super) fn fail<T>(status: u16, code: &str) -> Result<T, Failure> {
     Err(Failure(status, code.to_owned()))
 }
 
@@ -51,20 +54,17 @@ impl Failure {
     }
 }
 
-fn document_answer(status: u16, document: String) -> Answer {
+pub(super) fn document_answer(status: u16, document: String) -> Answer {
     let length = document.len();
     let response = Response::builder()
         .status(status)
         .header("content-type", "application/xml")
         .header("content-length", length)
         .body(text(document));
-    Answer {
-        response: response.unwrap_or_else(|_| Response::new(text(String::new()))),
-        content: 0,
-    }
+    response.unwrap_or_else(|_| Response::new(text(String::new())))
 }
 
-fn empty(status: u16, headers: &[(&str, String)]) -> Answer {
+pub(super) fn empty(status: u16, headers: &[(&str, String)]) -> Answer {
     let mut response = Response::builder()
         .status(status)
         .header("content-length", 0);
@@ -72,15 +72,13 @@ fn empty(status: u16, headers: &[(&str, String)]) -> Answer {
         response = response.header(*name, value);
     }
     let response = response.body(text(String::new()));
-    Answer {
-        response: response.unwrap_or_else(|_| Response::new(text(String::new()))),
-        content: 0,
-    }
+    response.unwrap_or_else(|_| Response::new(text(String::new())))
 }
 
 /// The operations over one server's objects.
 pub(super) struct Operations {
     pub objects: Arc<Objects>,
+    pub counter: Arc<Counter>,
     pub options: ServerOptions,
 }
 
@@ -154,7 +152,7 @@ impl Operations {
         let url = parameter("encoding-type") == "url";
         let shown = |key: &str| {
             if url {
-                utf8_percent_encode(key, NON_ALPHANUMERIC).to_string()
+                utf8_percent_encode(key, LISTED).to_string()
             } else {
                 escape(key)
             }
@@ -186,7 +184,8 @@ impl Operations {
                 continue;
             }
             if count == most {
-                truncated = true;
+                // As S3 has it: who asks for no keys at all is not told of more.
+                truncated = most > 0;
                 break;
             }
             count += 1;
@@ -269,7 +268,8 @@ impl Operations {
             Some(range) => (206, range.clone()),
             None => (200, 0..size),
         };
-        let length = range_sent.end - range_sent.start;
+        let whole = range_sent.end - range_sent.start;
+        let length = damage.truncate.unwrap_or(whole).min(whole);
         let mut response = Response::builder()
             .status(status)
             .header("etag", &object.etag)
@@ -283,21 +283,24 @@ impl Operations {
             let told = format!("bytes {}-{}/{size}", range_sent.start, range_sent.end - 1);
             response = response.header("content-range", told);
         }
-        let (frames, content) = if kind == Kind::Get {
-            (object.content.slice(range_sent), length)
-        } else {
-            (Vec::new(), 0)
-        };
-        let body = outgoing(frames, self.options.connection_rate, damage);
-        let response = response.body(body);
-        match response {
-            Ok(response) => Ok(Answer { response, content }),
-            Err(_) => fail(500, "InternalError"),
+        let mut frames = Vec::new();
+        if kind == Kind::Get {
+            frames = object
+                .content
+                .slice(range_sent.start..range_sent.start + length);
         }
+        if damage.wrong_byte {
+            spoil(&mut frames);
+        }
+        let counter = Arc::clone(&self.counter);
+        let counted = move |bytes| counter.bytes_out(kind, bytes);
+        let body = outgoing(frames, self.options.connection_rate, damage, counted);
+        let answer = response.body(body);
+        answer.or_else(|_| fail(500, "InternalError"))
     }
 
     /// Data without framing, its checksum verified, and the checksum header to echo.
-    fn receive(
+    pub(super) fn receive(
         &self,
         asked: &Asked,
         body: Vec<Bytes>,
@@ -338,7 +341,7 @@ impl Operations {
         Ok((data, None))
     }
 
-    fn keep(&self, data: Vec<Bytes>) -> Content {
+    pub(super) fn keep(&self, data: Vec<Bytes>) -> Content {
         if self.options.discard_bodies {
             Content::Discarded(data.iter().map(|frame| frame.len() as u64).sum())
         } else {
@@ -346,7 +349,7 @@ impl Operations {
         }
     }
 
-    fn check_condition(&self, asked: &Asked) -> Result<(), Failure> {
+    pub(super) fn check_condition(&self, asked: &Asked) -> Result<(), Failure> {
         let current = self.objects.get(&asked.bucket, &asked.key);
         if let Some(wanted) = asked.header("if-match") {
             match &current {
@@ -379,7 +382,7 @@ impl Operations {
         Ok(empty(200, &headers))
     }
 
-    fn source(&self, asked: &Asked) -> Result<Object, Failure> {
+    pub(super) fn source(&self, asked: &Asked) -> Result<Object, Failure> {
         let source = asked.header("x-amz-copy-source").unwrap_or_default();
         let source = percent_decode_str(source.trim_start_matches('/')).decode_utf8_lossy();
         let (bucket, key) = source.split_once('/').unwrap_or((&source, ""));
@@ -433,260 +436,8 @@ impl Operations {
             format!("{XML}<DeleteResult></DeleteResult>"),
         ))
     }
-
-    fn create_multipart(&self, asked: &Asked) -> Outcome {
-        let id = self.objects.upload_id();
-        let upload = Upload {
-            bucket: asked.bucket.clone(),
-            key: asked.key.clone(),
-            headers: asked.kept_headers(),
-            parts: Default::default(),
-        };
-        self.objects.uploads.lock().insert(id.clone(), upload);
-        Ok(document_answer(
-            200,
-            format!(
-                "{XML}<InitiateMultipartUploadResult><Bucket>{}</Bucket><Key>{}</Key>\
-                 <UploadId>{id}</UploadId></InitiateMultipartUploadResult>",
-                escape(&asked.bucket),
-                escape(&asked.key)
-            ),
-        ))
-    }
-
-    fn add_part(&self, asked: &Asked, content: Content) -> Result<String, Failure> {
-        let number = asked
-            .query
-            .get("partNumber")
-            .and_then(|number| number.parse().ok());
-        let Some(number) = number.filter(|number| (1..=10_000).contains(number)) else {
-            return fail(400, "InvalidArgument");
-        };
-        let etag = self.objects.etag(None);
-        let mut uploads = self.objects.uploads.lock();
-        let id = asked.query.get("uploadId").map_or("", String::as_str);
-        let Some(upload) = uploads.get_mut(id).filter(|upload| upload.key == asked.key) else {
-            return fail(404, "NoSuchUpload");
-        };
-        upload.parts.insert(
-            number,
-            Part {
-                content,
-                etag: etag.clone(),
-            },
-        );
-        Ok(etag)
-    }
-
-    fn upload_part(&self, asked: &Asked, body: Vec<Bytes>) -> Outcome {
-        let (data, checksum) = self.receive(asked, body)?;
-        let etag = self.add_part(asked, self.keep(data))?;
-        let mut headers = vec![("etag", etag)];
-        headers.extend(checksum);
-        Ok(empty(200, &headers))
-    }
-
-    fn copy_part(&self, asked: &Asked) -> Outcome {
-        let object = self.source(asked)?;
-        let size = object.content.size();
-        let Ok(range) = parse_range(asked.header("x-amz-copy-source-range"), size) else {
-            return fail(400, "InvalidRange");
-        };
-        let range = range.unwrap_or(0..size);
-        let content = match &object.content {
-            Content::Discarded(_) => Content::Discarded(range.end - range.start),
-            content => Content::Frames(content.slice(range)),
-        };
-        let etag = self.add_part(asked, content)?;
-        Ok(document_answer(
-            200,
-            format!(
-                "{XML}<CopyPartResult><ETag>{}</ETag></CopyPartResult>",
-                escape(&etag)
-            ),
-        ))
-    }
-
-    fn complete_multipart(&self, asked: &Asked, body: Vec<Bytes>) -> Outcome {
-        let document = String::from_utf8_lossy(&body.concat()).into_owned();
-        let id = asked.query.get("uploadId").map_or("", String::as_str);
-        let upload = self.objects.uploads.lock().get(id).cloned();
-        let Some(upload) = upload.filter(|upload| upload.key == asked.key) else {
-            return fail(404, "NoSuchUpload");
-        };
-        let content = self.assemble(&document, &upload)?;
-        self.check_condition(asked)?;
-        let parts = elements(&document, "Part").len();
-        let etag = self.objects.etag(Some(parts));
-        let object = Object {
-            content,
-            etag: etag.clone(),
-            modified: SystemTime::now(),
-            headers: upload.headers,
-        };
-        self.objects.put(&asked.bucket, &asked.key, object);
-        self.objects.uploads.lock().remove(id);
-        Ok(document_answer(
-            200,
-            format!(
-                "{XML}<CompleteMultipartUploadResult><Key>{}</Key><ETag>{}</ETag>\
-                 </CompleteMultipartUploadResult>",
-                escape(&asked.key),
-                escape(&etag)
-            ),
-        ))
-    }
-
-    fn assemble(&self, document: &str, upload: &Upload) -> Result<Content, Failure> {
-        let listed = elements(document, "Part");
-        let mut frames = Vec::new();
-        let mut discarded = 0;
-        let mut previous = 0;
-        for (index, part) in listed.iter().enumerate() {
-            let number = xml_text(part, "PartNumber").and_then(|number| number.parse().ok());
-            let number = number.unwrap_or(0);
-            if number <= previous {
-                return fail(400, "InvalidPartOrder");
-            }
-            previous = number;
-            let etag = xml_text(part, "ETag").unwrap_or_default();
-            let Some(held) = upload
-                .parts
-                .get(&number)
-                .filter(|held| same(&etag, &held.etag))
-            else {
-                return fail(400, "InvalidPart");
-            };
-            let size = held.content.size();
-            if index + 1 < listed.len() && size < self.options.minimum_part_size {
-                return fail(400, "EntityTooSmall");
-            }
-            match &held.content {
-                Content::Frames(held) => frames.extend(held.iter().cloned()),
-                content => discarded += content.size(),
-            }
-        }
-        if listed.is_empty() {
-            return fail(400, "MalformedXML");
-        }
-        Ok(if discarded > 0 {
-            Content::Discarded(discarded)
-        } else {
-            Content::Frames(frames)
-        })
-    }
-
-    fn abort_multipart(&self, asked: &Asked) -> Outcome {
-        let id = asked.query.get("uploadId").map_or("", String::as_str);
-        match self.objects.uploads.lock().remove(id) {
-            Some(_) => Ok(empty(204, &[])),
-            None => fail(404, "NoSuchUpload"),
-        }
-    }
-
-    fn list_parts(&self, asked: &Asked) -> Outcome {
-        let id = asked.query.get("uploadId").map_or("", String::as_str);
-        let uploads = self.objects.uploads.lock();
-        let Some(upload) = uploads.get(id) else {
-            return fail(404, "NoSuchUpload");
-        };
-        let marker: u32 = asked
-            .query
-            .get("part-number-marker")
-            .and_then(|it| it.parse().ok())
-            .unwrap_or(0);
-        let mut parts = upload.parts.range(marker + 1..).peekable();
-        let mut listed = String::new();
-        let mut last = marker;
-        for (number, part) in parts.by_ref().take(PAGE) {
-            last = *number;
-            listed.push_str(&format!(
-                "<Part><PartNumber>{number}</PartNumber><ETag>{}</ETag><Size>{}</Size></Part>",
-                escape(&part.etag),
-                part.content.size()
-            ));
-        }
-        let truncated = parts.peek().is_some();
-        Ok(document_answer(
-            200,
-            format!(
-                "{XML}<ListPartsResult><IsTruncated>{truncated}</IsTruncated>\
-                 <NextPartNumberMarker>{last}</NextPartNumberMarker>{listed}</ListPartsResult>"
-            ),
-        ))
-    }
-
-    fn list_uploads(&self, asked: &Asked) -> Outcome {
-        let uploads = self.objects.uploads.lock();
-        let listed: String = uploads
-            .iter()
-            .filter(|(_, upload)| upload.bucket == asked.bucket)
-            .map(|(id, upload)| {
-                let key = escape(&upload.key);
-                format!("<Upload><Key>{key}</Key><UploadId>{id}</UploadId></Upload>")
-            })
-            .collect();
-        Ok(document_answer(
-            200,
-            format!(
-                "{XML}<ListMultipartUploadsResult><IsTruncated>false</IsTruncated>{listed}\
-                 </ListMultipartUploadsResult>"
-            ),
-        ))
-    }
 }
 
-fn same(one: &str, other: &str) -> bool {
+pub(super) fn same(one: &str, other: &str) -> bool {
     one == "*" || one.trim_matches('"') == other.trim_matches('"')
-}
-
-/// Year, month, day, hour, minute, second, weekday (0 is Thursday, as was 1 January 1970).
-fn civil(time: SystemTime) -> (i64, usize, i64, u64, u64, u64, usize) {
-    let seconds = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO)
-        .as_secs();
-    let (days, rest) = ((seconds / 86_400) as i64, seconds % 86_400);
-    // Days to a civil date, counting years from March.
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 {
-        shifted_month + 3
-    } else {
-        shifted_month - 9
-    };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    (
-        year,
-        month as usize,
-        day,
-        rest / 3600,
-        rest / 60 % 60,
-        rest % 60,
-        (days % 7) as usize,
-    )
-}
-
-fn iso_time(time: SystemTime) -> String {
-    let (year, month, day, hour, minute, second, _) = civil(time);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.000Z")
-}
-
-fn http_time(time: SystemTime) -> String {
-    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
-    const MONTHS: [&str; 12] = [
-        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-    ];
-    let (year, month, day, hour, minute, second, weekday) = civil(time);
-    format!(
-        "{}, {day:02} {} {year:04} {hour:02}:{minute:02}:{second:02} GMT",
-        DAYS[weekday],
-        MONTHS[month - 1]
-    )
 }

@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 
-use super::body::{Body, BrokenOff, Damage, incoming, text};
+use super::body::{Body, BrokenOff, Damage, incoming, spoil, text};
 use super::faults::{Fault, Faults, Rule};
 use super::objects::{Content, Object, Objects};
 use super::operations::{Answer, Failure, Operations};
@@ -61,7 +61,7 @@ struct Shared {
     objects: Arc<Objects>,
     operations: Operations,
     options: ServerOptions,
-    counter: Counter,
+    counter: Arc<Counter>,
     faults: Faults,
     /// Kinds whose requests wait, and the word that they may go on.
     gates: Mutex<HashSet<Kind>>,
@@ -89,14 +89,16 @@ impl S3Server {
             .with_context(|| format!("listening on {}", options.listen))?;
         let address = listener.local_addr().context("the server's address")?;
         let objects = Arc::new(Objects::default());
+        let counter = Arc::new(Counter::default());
         let shared = Arc::new(Shared {
             operations: Operations {
                 objects: Arc::clone(&objects),
+                counter: Arc::clone(&counter),
                 options: options.clone(),
             },
             objects,
             options,
-            counter: Counter::default(),
+            counter,
             faults: Faults::default(),
             gates: Mutex::default(),
             released: Notify::new(),
@@ -227,23 +229,21 @@ async fn handle(
     let (parts, body) = request.into_parts();
     let asked = Asked::new(parts.method, &parts.uri, parts.headers);
     if asked.bucket == "-" {
-        return Ok(control(&shared, &asked, body).await.response);
+        return Ok(control(&shared, &asked, body).await);
     }
     let kind = asked.kind();
     shared.counter.begin(kind);
     let outcome = serve(&shared, kind, &asked, body).await;
     let status = outcome
         .as_ref()
-        .map_or(0, |answer| answer.response.status().as_u16());
+        .map_or(0, |answer| answer.status().as_u16());
     shared.counter.end(Logged {
         kind,
         key: asked.key.clone(),
         range: asked.header("range").map(str::to_owned),
         status,
     });
-    let answer = outcome?;
-    shared.counter.bytes_out(kind, answer.content);
-    Ok(answer.response)
+    outcome
 }
 
 async fn serve(
@@ -256,9 +256,12 @@ async fn serve(
     if fault == Some(Fault::ResetBefore) {
         return Err(BrokenOff);
     }
-    let body = incoming(body, shared.options.connection_rate)
+    let mut body = incoming(body, shared.options.connection_rate)
         .await
         .map_err(|_| BrokenOff)?;
+    if fault == Some(Fault::WrongByte) {
+        spoil(&mut body);
+    }
     shared
         .counter
         .bytes_in(kind, body.iter().map(|frame| frame.len() as u64).sum());
@@ -269,18 +272,17 @@ async fn serve(
     if shared.options.verify_auth && !is_authorised(asked) {
         return Ok(Failure(403, "InvalidAccessKeyId".to_owned()).answer());
     }
-    let damage = match &fault {
+    let mut damage = Damage::default();
+    match &fault {
         Some(Fault::Status(status, code)) => return Ok(Failure(*status, code.clone()).answer()),
-        Some(Fault::ResetAfter(bytes)) => Damage {
-            break_after: Some(*bytes),
-            stall: None,
-        },
-        Some(Fault::Stall(milliseconds)) => Damage {
-            break_after: None,
-            stall: Some(Duration::from_millis(*milliseconds)),
-        },
-        _ => Damage::default(),
-    };
+        Some(Fault::ResetAfter(bytes)) => damage.break_after = Some(*bytes),
+        Some(Fault::Stall(milliseconds)) => {
+            damage.stall = Some(Duration::from_millis(*milliseconds));
+        }
+        Some(Fault::Truncate(bytes)) => damage.truncate = Some(*bytes),
+        Some(Fault::WrongByte) => damage.wrong_byte = true,
+        Some(Fault::ResetBefore | Fault::DoThenFail) | None => {}
+    }
     let answer = shared
         .operations
         .run(kind, asked, body, damage)
@@ -358,8 +360,5 @@ async fn control(shared: &Shared, asked: &Asked, body: Incoming) -> Answer {
         _ => return Failure(404, "NoSuchControl".to_owned()).answer(),
     };
     let document = document.unwrap_or_else(|error| error.to_string());
-    Answer {
-        response: Response::new(text(document)),
-        content: 0,
-    }
+    Response::new(text(document))
 }

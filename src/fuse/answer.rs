@@ -1,0 +1,89 @@
+//! Running a vfs call and replying: inline when it is ready at once, else in a task.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use fuser::{Errno, Generation, ReplyAttr, ReplyEmpty, ReplyEntry};
+use tokio::runtime::Handle;
+
+use super::convert::attributes;
+use crate::vfs::{EntryAttributes, Inode, Vfs, VfsError, VfsResult};
+
+/// Whom to ask, and where to wait.
+pub(super) struct Answering {
+    pub vfs: Arc<Vfs>,
+    pub runtime: Handle,
+}
+
+impl Answering {
+    /// Runs `call`, named `name` in the log and about `inode`, and hands its outcome to `reply`.
+    ///
+    /// The call is polled once here; only if it has to wait does it move, with its reply, into a
+    /// task. No thread that takes the kernel's requests ever waits.
+    pub fn call<T, F>(
+        &self,
+        name: &'static str,
+        inode: Inode,
+        call: impl FnOnce(Arc<Vfs>) -> F,
+        reply: impl FnOnce(Result<T, Errno>) + Send + 'static,
+    ) where
+        F: Future<Output = VfsResult<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let vfs = Arc::clone(&self.vfs);
+        let call = call(Arc::clone(&vfs));
+        let _runtime = self.runtime.enter();
+        let mut task = Box::pin(async move {
+            let outcome = call.await;
+            reply(outcome.map_err(|error| errno(&vfs, name, inode, &error)));
+        });
+        let mut context = Context::from_waker(Waker::noop());
+        if task.as_mut().poll(&mut context).is_pending() {
+            self.runtime.spawn(task);
+        }
+    }
+
+    /// The errno to answer for a call that was made directly.
+    pub fn errno(&self, call: &'static str, inode: Inode, error: &VfsError) -> Errno {
+        errno(&self.vfs, call, inode, error)
+    }
+}
+
+/// The errno to answer; an unusual one is logged with its cause.
+fn errno(vfs: &Vfs, call: &'static str, inode: Inode, error: &VfsError) -> Errno {
+    if let Some(cause) = &error.cause {
+        let errno = io::Error::from_raw_os_error(error.errno);
+        tracing::warn!(call, path = vfs.path(inode), %errno, %cause, "failed");
+    }
+    Errno::from_i32(error.errno)
+}
+
+/// Answers that it is done.
+pub(super) fn done(reply: ReplyEmpty) -> impl FnOnce(Result<(), Errno>) + Send + 'static {
+    move |outcome| match outcome {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+/// Answers with an entry.
+pub(super) fn entry(
+    reply: ReplyEntry,
+) -> impl FnOnce(Result<EntryAttributes, Errno>) + Send + 'static {
+    move |outcome| match outcome {
+        Ok(entry) => reply.entry(&entry.ttl, &attributes(&entry.attributes), Generation(0)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+/// Answers with attributes.
+pub(super) fn attr(
+    reply: ReplyAttr,
+) -> impl FnOnce(Result<EntryAttributes, Errno>) + Send + 'static {
+    move |outcome| match outcome {
+        Ok(entry) => reply.attr(&entry.ttl, &attributes(&entry.attributes)),
+        Err(errno) => reply.error(errno),
+    }
+}

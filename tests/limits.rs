@@ -1,0 +1,86 @@
+//! What holds when memory and disk are short, through real mounts.
+
+mod harness;
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+
+use harness::{Lab, close, errno, noise};
+
+const PART: usize = 5 << 20;
+/// Room for a dozen parts in memory and two on disk.
+const NARROW: &[&str] = &[
+    "--part-size",
+    "5MiB",
+    "--memory",
+    "64MiB",
+    "--spill-size",
+    "10MiB",
+];
+
+#[test]
+fn a_file_larger_than_memory_and_spill_is_written_within_them() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(NARROW);
+    let data = noise(60 * PART);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&data).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    let status = mount.status();
+    for budget in ["memory", "spill"] {
+        assert!(status[budget]["peak"].as_u64() <= status[budget]["limit"].as_u64());
+    }
+}
+
+#[test]
+fn many_files_at_once_share_the_memory_by_spilling() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "64MiB"]);
+    let data = noise(4 << 20);
+    let files: Vec<File> = (0..40)
+        .map(|index| File::create(mount.at(&format!("f{index}"))).unwrap())
+        .collect();
+    for piece in data.chunks(1 << 20) {
+        for mut file in &files {
+            file.write_all(piece).unwrap();
+        }
+    }
+    assert!(mount.status()["spill"]["peak"].as_u64().unwrap() > 0);
+    for file in files {
+        assert_eq!(close(file), 0);
+    }
+    for index in 0..40 {
+        assert!(lab.stored(&format!("f{index}")).unwrap() == data);
+    }
+    assert_eq!(mount.status()["spill"]["used"], 0);
+}
+
+#[test]
+fn a_part_that_gave_up_its_local_copy_is_enospc_to_read_or_write_and_never_wrong_bytes() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(NARROW);
+    let data = noise(60 * PART);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(mount.at("f"))
+        .unwrap();
+    file.write_all_at(&data, 0).unwrap();
+    let mut byte = [0];
+    let inside = 20 * PART as u64;
+    // Opened anew, so that the kernel's own pages do not answer.
+    let reader = File::open(mount.at("f")).unwrap();
+    assert_eq!(errno(reader.read_exact_at(&mut byte, inside)), libc::ENOSPC);
+    drop(reader);
+    assert_eq!(errno(file.write_all_at(b"x", inside)), libc::ENOSPC);
+    lab.expect_log("--spill-size");
+    lab.expect_log("--memory");
+    // The first and the last part are kept, and what was written is whole.
+    file.write_all_at(b"header", 0).unwrap();
+    assert_eq!(close(file), 0);
+    let stored = lab.stored("f").unwrap();
+    assert!(stored[..6] == *b"header" && stored[6..] == data[6..]);
+}
