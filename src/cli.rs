@@ -1,22 +1,29 @@
 //! The command line: one file per subcommand.
 
+mod ask;
 mod background;
 mod mount;
 mod mounts;
+mod processes;
 mod serve;
 mod status;
 mod unmount;
+mod uploads;
 
+use std::fmt;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 /// Exit codes: 0 done, 1 failed, 2 wrong usage (clap's own).
 const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage";
 
 /// MLflow runs as directories: save models with ordinary file writes, read only what you touch.
 #[derive(Debug, Parser)]
-#[command(name = "mlfs", version, about, max_term_width = 100)]
+#[command(name = "mlfs", version, about, max_term_width = 100, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -30,7 +37,42 @@ enum Command {
     Unmount(unmount::Arguments),
     /// Show what a mount is doing
     Status(status::Arguments),
+    /// Show, send again or discard what is not stored
+    Uploads(uploads::Arguments),
+    /// The child of another subcommand; it may hang where that one must not
+    #[command(name = ask::NAME, hide = true)]
+    Ask(ask::Arguments),
 }
+
+/// An error that a different command line, or a different environment, would not have.
+#[derive(Debug)]
+struct WrongUsage(String);
+
+impl WrongUsage {
+    fn new(error: impl Into<anyhow::Error>) -> Self {
+        Self(format!("{:#}", error.into()))
+    }
+}
+
+impl fmt::Display for WrongUsage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for WrongUsage {}
+
+/// An error that stands in the log and has been told to whom it concerns.
+#[derive(Debug)]
+struct AlreadyTold;
+
+impl fmt::Display for AlreadyTold {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("see the log")
+    }
+}
+
+impl std::error::Error for AlreadyTold {}
 
 /// Runs the program.
 pub fn main() -> ExitCode {
@@ -39,12 +81,18 @@ pub fn main() -> ExitCode {
         Command::Mount(arguments) => mount::run(arguments),
         Command::Unmount(arguments) => unmount::run(arguments),
         Command::Status(arguments) => status::run(arguments),
+        Command::Uploads(arguments) => uploads::run(arguments),
+        Command::Ask(arguments) => ask::run(arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mlfs: {error:#}");
-            ExitCode::from(FAILED)
+            // Nobody is told that standard error is closed or full.
+            if !error.is::<AlreadyTold>() {
+                let _ = writeln!(io::stderr(), "mlfs: {error:#}");
+            }
+            let usage = error.is::<WrongUsage>();
+            ExitCode::from(if usage { USAGE } else { FAILED })
         }
     }
 }

@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
 
+use crate::read::DiskOptions;
 use crate::store::s3::SignPayload;
 pub use units::{parse_duration, parse_size};
 
@@ -18,8 +19,14 @@ const SMALLEST_PART: u64 = 5 * MIB;
 const LARGEST_PART: u64 = 5 << 30;
 /// Below this there is no room for one part to write, one to send, and some blocks to read.
 const SMALLEST_MEMORY: u64 = 64 * MIB;
+/// Below this the disk cache would be busy with making room.
+const SMALLEST_CACHE: u64 = 64 * MIB;
+/// What the disk cache may take when only its folder is named.
+const DEFAULT_CACHE: u64 = 20 << 30;
 /// A budget must hold this many parts.
 const PARTS_IN_MEMORY: u64 = 4;
+/// Bytes of the mount point in the name of its log; a filesystem takes 255, with the extension.
+const LONGEST_NAME: usize = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogLevel {
@@ -67,7 +74,8 @@ pub struct MountArguments {
 
     /// Most memory for data being written and read, bytes (512MiB, 20G) [default: a quarter of the
     /// machine's, at most 4GiB]
-    #[arg(long, env = "MLFS_MEMORY", value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, env = "MLFS_MEMORY", value_name = "SIZE", value_parser = parse_size,
+          allow_negative_numbers = true)]
     pub memory: Option<u64>,
 
     /// Where data that does not fit in memory waits to be sent [default: the user's cache folder,
@@ -77,24 +85,51 @@ pub struct MountArguments {
 
     /// Most disk space for it, bytes
     #[arg(long, env = "MLFS_SPILL_SIZE", value_name = "SIZE", default_value = "20GiB",
-          value_parser = parse_size)]
+          value_parser = parse_size, allow_negative_numbers = true)]
     pub spill_size: u64,
+
+    /// Where to cache on disk what is read; naming it turns the cache on [default with
+    /// --cache-size: the user's cache folder, mlfs/blocks]
+    #[arg(long, env = "MLFS_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Most disk space for that, bytes, at least 64MiB; 0 is no disk cache [default: 20GiB with
+    /// --cache-dir, else 0]
+    #[arg(long, env = "MLFS_CACHE_SIZE", value_name = "SIZE", value_parser = parse_size,
+          allow_negative_numbers = true)]
+    pub cache_size: Option<u64>,
 
     /// Bytes of a part of a multipart upload, 5MiB to 5GiB
     #[arg(long, env = "MLFS_PART_SIZE", value_name = "SIZE", default_value = "16MiB",
-          value_parser = parse_size)]
+          value_parser = parse_size, allow_negative_numbers = true)]
     pub part_size: u64,
 
     /// Most uploads in flight, and most prefetches, 1 to 256
-    #[arg(long, env = "MLFS_TRANSFERS", value_name = "N", default_value_t = 16)]
+    #[arg(
+        long,
+        env = "MLFS_TRANSFERS",
+        value_name = "N",
+        default_value_t = 16,
+        allow_negative_numbers = true
+    )]
     pub transfers: usize,
 
     /// Owner of everything [default: the caller]
-    #[arg(long, env = "MLFS_UID", value_name = "N")]
+    #[arg(
+        long,
+        env = "MLFS_UID",
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub uid: Option<u32>,
 
     /// Group of everything [default: the caller's]
-    #[arg(long, env = "MLFS_GID", value_name = "N")]
+    #[arg(
+        long,
+        env = "MLFS_GID",
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub gid: Option<u32>,
 
     /// Permission bits nobody gets, octal
@@ -135,6 +170,8 @@ pub struct Config {
     pub spill_dir: PathBuf,
     /// Bytes.
     pub spill_size: u64,
+    /// `None`: no disk cache.
+    pub cache: Option<DiskOptions>,
     /// Bytes.
     pub part_size: u64,
     pub transfers: usize,
@@ -184,19 +221,8 @@ impl MountArguments {
         }
         let mountpoint = std::path::absolute(&self.mountpoint)
             .with_context(|| format!("mount point {}", self.mountpoint.display()))?;
-        let spill_dir = match &self.spill_dir {
-            Some(directory) => std::path::absolute(directory)
-                .with_context(|| format!("--spill-dir {}", directory.display()))?,
-            None => user_folder("XDG_CACHE_HOME", ".cache")?
-                .join("mlfs")
-                .join("spill"),
-        };
-        if spill_dir.starts_with(&mountpoint) {
-            bail!(
-                "--spill-dir {}: it lies inside the mount point",
-                spill_dir.display()
-            );
-        }
+        let spill_dir = data_folder("--spill-dir", self.spill_dir.as_deref(), "spill")?;
+        let cache = self.cache()?;
         let log_file = match (&self.log_file, self.foreground) {
             (Some(file), _) => Some(std::path::absolute(file)?),
             (None, true) => None,
@@ -211,6 +237,7 @@ impl MountArguments {
             memory,
             spill_dir,
             spill_size: self.spill_size,
+            cache,
             part_size: self.part_size,
             transfers: self.transfers,
             // SAFETY: getuid and getgid have no preconditions and cannot fail.
@@ -234,6 +261,39 @@ impl MountArguments {
             },
         })
     }
+}
+
+impl MountArguments {
+    /// The disk cache that was asked for by its folder, its size, or both.
+    fn cache(&self) -> anyhow::Result<Option<DiskOptions>> {
+        let size = match (self.cache_size, &self.cache_dir) {
+            (Some(size), _) => size,
+            (None, Some(_)) => DEFAULT_CACHE,
+            (None, None) => 0,
+        };
+        if size == 0 {
+            return Ok(None);
+        }
+        if size < SMALLEST_CACHE {
+            bail!("--cache-size {size}: give at least 64MiB, or 0 for no disk cache");
+        }
+        let named = self.cache_dir.as_deref();
+        let directory = data_folder("--cache-dir", named, "blocks")?;
+        Ok(Some(DiskOptions { directory, size }))
+    }
+}
+
+/// The folder named by `flag`, or `default` in the user's cache folder.
+fn data_folder(flag: &str, named: Option<&Path>, default: &str) -> anyhow::Result<PathBuf> {
+    let folder = match named {
+        Some(folder) => {
+            std::path::absolute(folder).with_context(|| format!("{flag} {}", folder.display()))?
+        }
+        None => user_folder("XDG_CACHE_HOME", ".cache")?
+            .join("mlfs")
+            .join(default),
+    };
+    Ok(folder)
 }
 
 fn parse_octal(text: &str) -> Result<u32, String> {
@@ -268,10 +328,11 @@ fn user_folder(variable: &str, fallback: &str) -> anyhow::Result<PathBuf> {
 }
 
 fn default_log_file(mountpoint: &Path) -> anyhow::Result<PathBuf> {
-    let name = mountpoint
-        .to_string_lossy()
-        .trim_matches('/')
-        .replace('/', "-");
+    let name = mountpoint.to_string_lossy();
+    let name = name.trim_matches('/').replace('/', "-");
+    // Of a path that is too long for a file's name, the end.
+    let cut = name.len().saturating_sub(LONGEST_NAME);
+    let name = &name[name.ceil_char_boundary(cut)..];
     let folder = user_folder("XDG_STATE_HOME", ".local/state")?;
     Ok(folder.join("mlfs").join(format!("{name}.log")))
 }

@@ -3,13 +3,14 @@
 //! The room knows objects, versions and byte ranges. It knows nothing of files, the kernel or
 //! MLflow, and runs against any store.
 //!
-//! An object is read in **blocks** of [`BLOCK_SIZE`]. A block is in memory, on its way, or in the
-//! store, and is fetched once, whoever waits for it. The first touch of a place
-//! fetches just the blocks that were asked for; [`pattern`] watches the offsets and says how far
-//! to run ahead; a format plan ([`plan`]) tells where a tensor or member ends, so that running
-//! ahead does not run past it.
+//! An object is read in **blocks** of [`BLOCK_SIZE`]. A block is in memory, on its way, on disk
+//! ([`disk`], when asked for), or in the store, and is fetched once, whoever waits for it. The
+//! first touch of a place fetches just the blocks that were asked for; [`pattern`] watches the
+//! offsets and says how far to run ahead; a format plan ([`plan`]) tells where a tensor or member
+//! ends, so that running ahead does not run past it.
 
 mod block;
+mod disk;
 mod fetch;
 mod object;
 mod pattern;
@@ -24,11 +25,13 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
-use crate::budget::Budget;
+use crate::budget::{Budget, Class};
 use crate::store::{ETag, Store};
 use block::BlockCache;
+use disk::Disk;
 
 pub use block::Segments;
+pub use disk::{DiskOptions, DiskStatus};
 pub use object::ObjectReader;
 
 /// Bytes of a block. The kernel's requests are pages, not blocks: a random read fetches up to one
@@ -38,11 +41,18 @@ pub const BLOCK_SIZE: u64 = 32 * 1024;
 /// Most object versions whose identity is remembered (a hundred bytes or so each).
 const IDENTITIES: NonZeroUsize = NonZeroUsize::new(65_536).unwrap();
 
+/// Blocks that wait to be written to the disk cache hold memory: at most this share of what
+/// readers may have, and no more than this, bytes.
+const QUEUE_SHARE: u64 = 8;
+const LONGEST_QUEUE: u64 = 64 << 20;
+
 /// How this mount reads.
 #[derive(Clone, Debug)]
 pub struct ReadOptions {
     /// Most prefetch requests in flight, over all objects.
     pub transfers: usize,
+    /// `None`: no disk cache.
+    pub disk: Option<DiskOptions>,
 }
 
 /// A version of an object, and where it is.
@@ -67,7 +77,7 @@ struct Identity {
 impl Source {
     fn identity(&self) -> Identity {
         Identity {
-            store: self.store.name().to_owned(),
+            store: self.store.identity().to_owned(),
             key: self.key.clone(),
             etag: self.etag.clone(),
             size: self.size,
@@ -84,6 +94,8 @@ pub struct ReadMetrics {
     pub bytes_demanded: AtomicU64,
     /// Bytes asked of the store ahead of anybody.
     pub bytes_prefetched: AtomicU64,
+    /// Bytes that the disk cache had.
+    pub bytes_from_disk: AtomicU64,
 }
 
 /// Everything that readers share: the budget, the caches, the limit on requests.
@@ -91,6 +103,7 @@ pub struct ReadMetrics {
 pub struct Reader {
     budget: Arc<Budget>,
     cache: Arc<BlockCache>,
+    disk: Option<Arc<Disk>>,
     prefetches: Arc<Semaphore>,
     runtime: Handle,
     options: ReadOptions,
@@ -104,9 +117,13 @@ impl Reader {
         let cache = BlockCache::new();
         let as_reclaimer: std::sync::Weak<BlockCache> = Arc::downgrade(&cache);
         budget.add_reclaimer(as_reclaimer);
+        let queued = (budget.ceiling(Class::Read) / QUEUE_SHARE).min(LONGEST_QUEUE);
+        let disk = options.disk.as_ref();
+        let disk = disk.map(|disk| Disk::open(disk, queued));
         Arc::new(Self {
             budget,
             cache,
+            disk,
             prefetches: Arc::new(Semaphore::new(options.transfers)),
             runtime,
             options,
@@ -138,6 +155,18 @@ impl Reader {
 
     pub fn metrics(&self) -> &ReadMetrics {
         &self.metrics
+    }
+
+    /// Caches no more on disk, and waits a little until what was read is there. Blocks.
+    pub fn finish(&self) {
+        if let Some(disk) = &self.disk {
+            disk.finish();
+        }
+    }
+
+    /// What the disk cache does, if there is one.
+    pub fn disk_status(&self) -> Option<DiskStatus> {
+        self.disk.as_ref().map(|disk| disk.status())
     }
 
     /// Bytes of blocks in memory.

@@ -135,8 +135,12 @@ pub struct Capabilities {
 /// An object store. Every call retries what can be retried, within bounds, before it fails.
 #[async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {
-    /// For messages and cache keys: `s3://bucket`. No secrets, no trailing slash.
+    /// For messages: `s3://bucket`. No secrets, no trailing slash.
     fn name(&self) -> &str;
+
+    /// For cache keys: tells this store from every other one there is, in any process. Where its
+    /// name is not enough (two endpoints may each have a bucket of one name), more. No secrets.
+    fn identity(&self) -> &str;
 
     fn capabilities(&self) -> Capabilities;
 

@@ -110,6 +110,11 @@ impl Vfs {
         self.tree.lock().forget(inode, count);
     }
 
+    /// The mount has ended: what was read is cached as far as that is soon done. Blocks.
+    pub fn finish_reading(&self) {
+        self.reader.finish();
+    }
+
     fn check_writable(&self) -> VfsResult<()> {
         if self.options.read_only {
             Err(VfsError::READ_ONLY)

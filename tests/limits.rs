@@ -76,11 +76,8 @@ fn a_part_that_gave_up_its_local_copy_is_enospc_to_read_or_write_and_never_wrong
     assert_eq!(errno(reader.read_exact_at(&mut byte, inside)), libc::ENOSPC);
     drop(reader);
     assert_eq!(errno(file.write_all_at(b"x", inside)), libc::ENOSPC);
-    let log = lab.log_text();
-    assert!(
-        log.contains("--spill-size") && log.contains("--memory"),
-        "{log}"
-    );
+    lab.expect_log("--spill-size");
+    lab.expect_log("--memory");
     // The first and the last part are kept, and what was written is whole.
     file.write_all_at(b"header", 0).unwrap();
     assert_eq!(close(file), 0);

@@ -69,7 +69,7 @@ fn a_server_that_is_down_is_eio_with_one_log_line_and_a_refusal_is_eacces() {
         errno(fs::metadata(mount.path.join("yetanother"))),
         libc::EIO
     );
-    assert!(lab.log_text().contains("HTTP 400"));
+    lab.expect_log("HTTP 400");
 }
 
 #[test]
@@ -351,5 +351,5 @@ fn a_run_in_a_store_that_is_not_served_says_so_when_it_is_entered() {
         ),
         libc::EOPNOTSUPP
     );
-    assert!(lab.log_text().contains("hdfs"));
+    lab.expect_log("hdfs");
 }

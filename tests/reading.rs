@@ -189,7 +189,7 @@ fn what_is_missing_or_forbidden_in_the_store_is_the_errno_a_program_expects() {
     let mut text = Vec::new();
     let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);
     assert_eq!(errno(read), libc::EACCES);
-    assert!(lab.log_text().contains("AccessDenied"));
+    lab.expect_log("AccessDenied");
     lab.s3.set_faults(1, Vec::new());
     lab.s3.delete(BUCKET, &format!("{PREFIX}/f"));
     let read = File::open(mount.at("f")).unwrap().read_to_end(&mut text);

@@ -147,6 +147,38 @@ fn a_file_that_was_never_closed_is_kept_and_listed_and_can_be_discarded() {
 }
 
 #[test]
+fn a_file_that_was_open_when_its_mount_ended_is_stored_as_it_was_when_somebody_says_so() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(b"synchronised").unwrap();
+    file.sync_all().unwrap();
+    kill(&mount);
+    drop(file);
+    let next = lab.mount();
+    assert_eq!(uploads(&next).len(), 1);
+    assert_eq!(lab.stored("f"), None);
+    let list = mlfs_uploads(&lab, &["list"], &next);
+    let id = uploads(&next)[0]["id"].as_str().unwrap().to_owned();
+    assert!(
+        list.contains(&id) && list.contains("/f") && list.contains("12 B"),
+        "{list}"
+    );
+    mlfs_uploads(&lab, &["retry", &id], &next);
+    assert_eq!(lab.stored("f").unwrap(), b"synchronised");
+    assert!(mlfs_uploads(&lab, &["list"], &next).contains("everything written is stored"));
+}
+
+/// `mlfs uploads` for one of the mounts.
+fn mlfs_uploads(lab: &Lab, arguments: &[&str], mount: &Mount<'_>) -> String {
+    let mut command = lab.program();
+    command.arg("uploads").args(arguments);
+    let output = command.arg("--mount").arg(&mount.path).output().unwrap();
+    assert!(output.status.success(), "{}", harness::text(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
 fn what_could_not_be_stored_when_a_mount_ended_is_stored_by_the_next() {
     let lab = Lab::new();
     let mount = lab.mount();

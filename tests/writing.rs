@@ -67,7 +67,7 @@ fn a_failed_close_is_an_errno_and_the_bytes_stay_and_are_sent_again() {
     file.write_all(b"precious").unwrap();
     assert_eq!(close(file), libc::EACCES);
     assert_eq!(fs::read(mount.at("f")).unwrap(), b"precious");
-    assert!(lab.log_text().contains("AccessDenied"));
+    lab.expect_log("AccessDenied");
     lab.s3.set_faults(1, Vec::new());
     fs::write(mount.path.join(".mlfs/drain"), b"now").unwrap();
     wait_until("the bytes to be stored", || {

@@ -10,8 +10,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 
-use super::serve;
+use super::{AlreadyTold, serve};
 use crate::config::Config;
+use crate::telemetry;
 
 const READY: &str = "ready";
 
@@ -21,15 +22,8 @@ pub(super) fn start(config: &Config) -> anyhow::Result<()> {
         .log_file
         .as_ref()
         .context("a background mount needs a log file")?;
-    if let Some(folder) = log_file.parent() {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("log folder {}", folder.display()))?;
-    }
-    let log = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log_file)
-        .with_context(|| format!("log file {}", log_file.display()))?;
+    // What the process says before it logs goes there too, and a panic.
+    let log = serve::about_log(config, telemetry::open(log_file))?;
     let program = std::env::current_exe().context("this program's own path")?;
     let mut child = Command::new(program)
         // Behind the subcommand, before anything that may end the flags.
@@ -63,20 +57,27 @@ pub(super) fn start(config: &Config) -> anyhow::Result<()> {
 pub(super) fn serve(config: &Config) -> anyhow::Result<()> {
     // SAFETY: setsid has no preconditions; the process is no group leader, having been spawned.
     unsafe { libc::setsid() };
-    let mut told = false;
+    let _log = match serve::start_log(config) {
+        Ok(log) => log,
+        Err(error) => {
+            tell(&format!("{error:#}"))?;
+            return Err(AlreadyTold.into());
+        }
+    };
+    let mut heard = false;
     let outcome = serve::run(config, || {
-        told = true;
+        heard = true;
         tell(READY)
     });
-    match outcome {
-        Err(error) if !told => {
-            let message = format!("{error:#}");
-            tracing::error!("{message}");
-            tell(&message)?;
-            Err(error)
+    outcome.map_err(|error| {
+        let message = format!("{error:#}");
+        tracing::error!("{message}");
+        if !heard {
+            // A parent that is gone has no use for it.
+            let _ = tell(&message);
         }
-        outcome => outcome,
-    }
+        AlreadyTold.into()
+    })
 }
 
 /// Writes the one line for the parent and lets go of the pipe.

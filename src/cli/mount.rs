@@ -2,13 +2,15 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::{anyhow, bail};
 use clap::Args;
 
-use super::{background, mounts, serve};
+use super::{WrongUsage, background, mounts, serve};
 use crate::config::{Config, MountArguments};
+use crate::telemetry;
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -22,47 +24,69 @@ pub(super) struct Arguments {
 
 /// Mounts, in the background unless told otherwise.
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let config = arguments.mount.validate()?;
+    let mut config = arguments.mount.validate().map_err(WrongUsage::new)?;
+    // What is wrong with the environment is wrong usage too, also in the background.
+    telemetry::filter(config.log_level).map_err(WrongUsage::new)?;
+    serve::tracking_settings(&config).map_err(WrongUsage::new)?;
+    serve::store_settings(&config).map_err(WrongUsage::new)?;
+    let outcome = check_mountpoint(&config.mountpoint);
     if arguments.background_process {
+        // Checked by the parent; told to it if it has changed since.
+        config.mountpoint = outcome.unwrap_or(config.mountpoint);
         return background::serve(&config);
     }
-    check_mountpoint(&config.mountpoint)?;
+    config.mountpoint = outcome?;
+    check_outside(&config)?;
     check_device(&config)?;
     if config.foreground {
+        let _log = serve::start_log(&config)?;
         serve::run(&config, || Ok(()))
     } else {
         background::start(&config)
     }
 }
 
-/// The mount point must be an empty directory that nothing is mounted on.
-fn check_mountpoint(mountpoint: &Path) -> anyhow::Result<()> {
+/// The mount point, without symlinks: an empty directory that nothing is mounted on.
+fn check_mountpoint(mountpoint: &Path) -> anyhow::Result<PathBuf> {
     let shown = mountpoint.display();
-    if let Some(kind) = mounts::mounted(mountpoint)? {
-        if mounts::is_dead(mountpoint) {
-            bail!(
-                "mount point {shown}: a mount that ended without unmounting is still there; \
-                 remove it with `mlfs unmount {shown}`"
-            );
-        }
-        bail!("mount point {shown}: already mounted ({kind}); unmount it or choose another");
-    }
-    let metadata = match std::fs::metadata(mountpoint) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            bail!("mount point {shown}: there is no such directory; make it with mkdir");
+    let found = mounts::check_free(mountpoint)?;
+    let mut entries = match std::fs::read_dir(&found) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            bail!("mount point {shown}: not a directory; choose an empty directory");
         }
         Err(error) => {
-            return Err(error).with_context(|| format!("mount point {shown}"));
+            bail!("mount point {shown}: {error}; choose an empty directory that is yours")
         }
     };
-    if !metadata.is_dir() {
-        bail!("mount point {shown}: not a directory; choose an empty directory");
-    }
-    let mut entries =
-        std::fs::read_dir(mountpoint).with_context(|| format!("mount point {shown}"))?;
     if entries.next().is_some() {
+        // What is seen may be another mlfs, which came between.
+        mounts::check_free(mountpoint)?;
         bail!("mount point {shown}: not empty; choose an empty directory");
+    }
+    Ok(found)
+}
+
+/// What mlfs itself writes must not lie in its own mount, which would wait for itself.
+fn check_outside(config: &Config) -> anyhow::Result<()> {
+    let log_file = config.log_file.as_deref();
+    let cache = config.cache.as_ref();
+    let named = [
+        ("--spill-dir", Some(config.spill_dir.as_path())),
+        ("--cache-dir", cache.map(|cache| cache.directory.as_path())),
+        ("--log-file", log_file),
+    ];
+    for (flag, path) in named {
+        let Some(path) = path else { continue };
+        // What does not exist yet is looked for where it will be.
+        let existing = path.ancestors().find_map(|it| it.canonicalize().ok());
+        if existing.is_some_and(|it| it.starts_with(&config.mountpoint)) {
+            let error = anyhow!(
+                "{flag} {}: it lies inside the mount point; give one outside",
+                path.display()
+            );
+            return Err(WrongUsage::new(error).into());
+        }
     }
     Ok(())
 }
@@ -77,6 +101,10 @@ fn check_device(config: &Config) -> anyhow::Result<()> {
              container with --device /dev/fuse --cap-add SYS_ADMIN"
         ),
         Err(error) => bail!("/dev/fuse: {error}; ask for read and write permission on it"),
+    }
+    // Only root mounts without this helper.
+    if !root && let Err(error) = Command::new("fusermount3").arg("-V").output() {
+        bail!("fusermount3: {error}; install your distribution's fuse3");
     }
     if config.allow_other && !root {
         let text = std::fs::read_to_string("/etc/fuse.conf").unwrap_or_default();

@@ -1,56 +1,138 @@
-//! What is mounted where.
+//! What is mounted where, as the kernel's table tells it.
+//!
+//! Nothing here touches an mlfs mount: of one whose process is gone nothing can be asked, and a
+//! call into one whose process is stopped never returns.
 
+use std::ffi::OsString;
+use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
-use crate::vfs::Status;
+use super::ask::Unanswered;
+use super::processes;
 
-/// The type of the filesystem mounted exactly at `path`, if one is.
-pub(super) fn mounted(path: &Path) -> anyhow::Result<Option<String>> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
-    // Symlinks above the mount point are resolved; the mount itself may be dead and is not asked.
-    let path = resolve_parent(path);
-    let found = table
-        .lines()
-        .filter_map(parse)
-        // The mount made last hides the ones below it.
-        .rfind(|(at, _)| *at == path);
-    Ok(found.map(|(_, kind)| kind))
+/// How the table calls a mount of mlfs.
+const MLFS: &str = "fuse.mlfs";
+/// Most symlinks on the way to a mount point; the kernel's own limit.
+const MOST_SYMLINKS: u32 = 40;
+
+/// Where a path leads.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// To where mlfs is mounted.
+    Mount(PathBuf),
+    /// To something inside the mount at this path.
+    Inside(PathBuf),
+    /// To where something else is mounted: the path and the type of filesystem.
+    Foreign(PathBuf, String),
+    /// To something that nothing is mounted on; without symlinks.
+    Free(PathBuf),
 }
 
-fn resolve_parent(path: &Path) -> PathBuf {
-    match (
-        path.parent().and_then(|parent| parent.canonicalize().ok()),
-        path.file_name(),
-    ) {
-        (Some(parent), Some(name)) => parent.join(name),
-        _ => path.to_owned(),
+/// Mount points and their types, in the order of mounting.
+struct Table(Vec<(PathBuf, String)>);
+
+impl Table {
+    fn read() -> anyhow::Result<Self> {
+        // Bytes: a path need not be UTF-8.
+        let text = std::fs::read("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
+        let lines = text.split(|byte| *byte == b'\n');
+        Ok(Self(lines.filter_map(parse).collect()))
+    }
+
+    /// The mount made last hides the ones below it.
+    fn kind(&self, path: &Path) -> Option<&str> {
+        let found = self.0.iter().rfind(|(at, _)| at == path);
+        found.map(|(_, kind)| kind.as_str())
+    }
+
+    fn is_mlfs(&self, path: &Path) -> bool {
+        self.kind(path) == Some(MLFS)
     }
 }
 
+/// Follows a path and its symlinks up to where mlfs is mounted, and no step further.
+///
+/// # Errors
+/// A part of the path that does not exist or may not be looked at.
+pub(super) fn locate(path: &Path) -> anyhow::Result<Place> {
+    let table = Table::read()?;
+    let shown = path.display();
+    let whole = std::path::absolute(path).with_context(|| shown.to_string())?;
+    let mut found = PathBuf::from("/");
+    let mut rest = parts(&whole);
+    let mut symlinks = 0;
+    while let Some(part) = rest.pop() {
+        if part == ".." {
+            found.pop();
+            continue;
+        }
+        if table.is_mlfs(&found) {
+            return Ok(Place::Inside(found));
+        }
+        found.push(part);
+        if table.is_mlfs(&found) {
+            continue;
+        }
+        let metadata = found
+            .symlink_metadata()
+            .with_context(|| found.display().to_string())?;
+        if metadata.is_symlink() {
+            symlinks += 1;
+            if symlinks > MOST_SYMLINKS {
+                bail!("{shown}: too many symlinks; give the directory they lead to");
+            }
+            let target = found
+                .read_link()
+                .with_context(|| found.display().to_string())?;
+            found.pop();
+            if target.is_absolute() {
+                found = PathBuf::from("/");
+            }
+            rest.extend(parts(&target));
+        }
+    }
+    Ok(match table.kind(&found) {
+        Some(MLFS) => Place::Mount(found),
+        Some(kind) => Place::Foreign(found.clone(), kind.to_owned()),
+        None => Place::Free(found),
+    })
+}
+
+/// The names of a path, the last one first.
+fn parts(path: &Path) -> Vec<OsString> {
+    let names = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some(OsString::from("..")),
+        Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
+    });
+    names.collect()
+}
+
 /// `36 35 98:0 / /mnt/x rw,noatime master:1 - fuse.mlfs mlfs rw` → mount point and type.
-fn parse(line: &str) -> Option<(PathBuf, String)> {
-    let (before, after) = line.split_once(" - ")?;
-    let path = before.split(' ').nth(4)?;
-    let (kind, source) = {
-        let mut words = after.split(' ');
-        (words.next()?, words.next()?)
-    };
+fn parse(line: &[u8]) -> Option<(PathBuf, String)> {
+    let separator = line.windows(3).position(|window| window == b" - ")?;
+    let (before, after) = (&line[..separator], &line[separator + 3..]);
+    let path = before.split(|byte| *byte == b' ').nth(4)?;
+    let mut words = after
+        .split(|byte| *byte == b' ')
+        .map(String::from_utf8_lossy);
+    let (kind, source) = (words.next()?, words.next()?);
     // A mount made by root directly carries no subtype; the source then tells whose it is.
     let kind = if kind == "fuse" {
         format!("fuse.{source}")
     } else {
-        kind.to_owned()
+        kind.into_owned()
     };
     Some((PathBuf::from(unescape(path)), kind))
 }
 
 /// The table writes a space as `\040`.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
+fn unescape(mut rest: &[u8]) -> OsString {
+    let mut bytes = Vec::with_capacity(rest.len());
     while let Some((&first, after)) = rest.split_first() {
         let code = after
             .get(..3)
@@ -67,52 +149,161 @@ fn unescape(text: &str) -> String {
             }
         }
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    OsString::from_vec(bytes)
 }
 
-/// Whether the process behind the mount is gone.
-pub(super) fn is_dead(path: &Path) -> bool {
-    let error = std::fs::metadata(path).err();
-    error.and_then(|error| error.raw_os_error()) == Some(libc::ENOTCONN)
-}
-
-/// Fails unless an mlfs mount is at `path`.
-pub(super) fn check_mlfs(path: &Path) -> anyhow::Result<()> {
+/// Where mlfs is mounted, of a path that leads there.
+///
+/// # Errors
+/// It leads somewhere else.
+pub(super) fn find(path: &Path) -> anyhow::Result<PathBuf> {
     let shown = path.display();
-    match mounted(path)?.as_deref() {
-        Some("fuse.mlfs") => Ok(()),
-        Some(kind) => bail!("{shown}: mounted, but by {kind}, not by mlfs"),
-        None => bail!("{shown}: nothing is mounted here"),
+    match locate(path)? {
+        Place::Mount(mountpoint) => Ok(mountpoint),
+        Place::Inside(mountpoint) => bail!(
+            "{shown}: this lies inside the mount on {mountpoint}; give that path",
+            mountpoint = mountpoint.display()
+        ),
+        Place::Foreign(_, kind) => {
+            bail!("{shown}: mounted by {kind}, not by mlfs; `mlfs` only knows its own mounts")
+        }
+        Place::Free(_) => bail!(
+            "{shown}: nothing is mounted here; `grep mlfs /proc/self/mounts` lists what mlfs has \
+             mounted"
+        ),
     }
 }
 
-/// Asks a running mount what it is doing.
-pub(super) fn ask(path: &Path) -> anyhow::Result<Status> {
-    let file = path.join(".mlfs").join("status");
-    let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
-    serde_json::from_slice(&text).with_context(|| {
-        format!(
-            "{}: not understood; is it another version's?",
-            file.display()
-        )
+/// The only mount of mlfs there is.
+///
+/// # Errors
+/// There is none, or more than one.
+pub(super) fn only() -> anyhow::Result<PathBuf> {
+    let table = Table::read()?;
+    let mut mounts: Vec<&PathBuf> = table.0.iter().map(|(path, _)| path).collect();
+    mounts.retain(|path| table.is_mlfs(path));
+    mounts.dedup();
+    match mounts.as_slice() {
+        [mountpoint] => Ok((*mountpoint).clone()),
+        [] => bail!("mlfs has nothing mounted here; mount first: mlfs mount MOUNTPOINT"),
+        _ => bail!(
+            "mlfs has {} mounts here; say which with --mount MOUNTPOINT",
+            mounts.len()
+        ),
+    }
+}
+
+/// The error of a mount that does not say what it is asked.
+pub(super) fn unanswered(mountpoint: &Path, error: &Unanswered) -> anyhow::Error {
+    let shown = mountpoint.display();
+    match error {
+        Unanswered::Dead => anyhow!("{shown}: {error}; remove the mount: mlfs unmount {shown}"),
+        Unanswered::Silent => {
+            let pid = processes::server(mountpoint);
+            let pid = pid.map_or_else(|| "PID".to_owned(), |pid| pid.to_string());
+            anyhow!(
+                "{shown}: {error}; the mount stays. If it is stopped, continue it: kill -CONT \
+                 {pid}. To give it up with what it has not stored: kill -9 {pid}, then mlfs \
+                 unmount {shown}"
+            )
+        }
+        // The kernel lets nobody else in, not even root.
+        Unanswered::Failed(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+            anyhow!("{shown}: it is another user's; ask as the one who mounted it")
+        }
+        Unanswered::Failed(_) => anyhow!("{shown}: it cannot be asked: {error}"),
+    }
+}
+
+/// A mount point that belongs to this process alone. Dropping it lets others have it.
+#[derive(Debug)]
+pub(super) struct Claim {
+    /// The directory below the mount, locked. Another process that mounts on it takes the lock
+    /// first as well, so no two of them do.
+    _directory: File,
+}
+
+/// Takes a mount point for this process.
+///
+/// # Errors
+/// Another process has it; something is mounted there by now.
+pub(super) fn claim(mountpoint: &Path) -> anyhow::Result<Claim> {
+    let shown = mountpoint.display();
+    let directory = File::open(mountpoint).with_context(|| format!("mount point {shown}"))?;
+    match directory.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => bail!(
+            "mount point {shown}: another mlfs is mounting it or has not ended yet; wait for it, \
+             or choose another directory"
+        ),
+        // A filesystem without locks: two mounts at once are then told apart by nobody.
+        Err(std::fs::TryLockError::Error(error)) => {
+            tracing::warn!(mountpoint = %shown, %error, "the mount point cannot be locked");
+        }
+    }
+    // Looked at before the lock was taken, this would say nothing.
+    check_free(mountpoint)?;
+    Ok(Claim {
+        _directory: directory,
     })
 }
 
-/// Asks a running mount to send what is closed and unsent.
-pub(super) fn drain(path: &Path) -> io::Result<()> {
-    std::fs::write(path.join(".mlfs").join("drain"), b"now\n")
+/// The directory at `path`, without symlinks, if something can be mounted on it.
+///
+/// # Errors
+/// Something is mounted there, or on the way there by mlfs.
+pub(super) fn check_free(path: &Path) -> anyhow::Result<PathBuf> {
+    let shown = path.display();
+    match locate(path) {
+        Ok(Place::Free(found)) => Ok(found),
+        Ok(Place::Mount(_)) => bail!(
+            "mount point {shown}: mlfs is already mounted here; see `mlfs status {shown}`, and \
+             remove it with `mlfs unmount {shown}`, also if its process is gone"
+        ),
+        Ok(Place::Foreign(_, kind)) => bail!(
+            "mount point {shown}: already mounted ({kind}); unmount it or choose another directory"
+        ),
+        Ok(Place::Inside(mountpoint)) => bail!(
+            "mount point {shown}: this lies inside the mount on {}; choose a directory elsewhere",
+            mountpoint.display()
+        ),
+        Err(error) => match error.downcast_ref::<io::Error>() {
+            Some(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                bail!("mount point {shown}: there is no such directory; make it with mkdir -p")
+            }
+            Some(cause) => bail!("mount point {shown}: {cause}; choose a directory of your own"),
+            None => Err(error),
+        },
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
-    fn the_mount_table_is_read_with_its_escapes() {
-        let line = r"36 35 0:98 / /mnt/my\040runs rw,noatime shared:1 - fuse.mlfs mlfs rw";
-        assert_eq!(
-            parse(line),
-            Some((PathBuf::from("/mnt/my runs"), "fuse.mlfs".to_owned()))
-        );
+    fn the_mount_table_is_read_with_its_escapes_and_whatever_its_bytes() {
+        let line = b"36 35 0:98 / /mnt/my\\040runs\xff rw,noatime shared:1 - fuse.mlfs mlfs rw";
+        let path = PathBuf::from(OsStr::from_bytes(b"/mnt/my runs\xff"));
+        assert_eq!(parse(line), Some((path, "fuse.mlfs".to_owned())));
+        let by_root = b"36 35 0:98 / /mnt/x rw - fuse mlfs rw";
+        assert_eq!(parse(by_root).unwrap().1, "fuse.mlfs");
+    }
+
+    #[test]
+    fn symlinks_and_parents_are_followed_and_a_loop_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().canonicalize().unwrap();
+        std::fs::create_dir_all(folder.join("a/b")).unwrap();
+        std::os::unix::fs::symlink("a/../a/./b", folder.join("link")).unwrap();
+        std::os::unix::fs::symlink(folder.join("link"), folder.join("a/other")).unwrap();
+        std::os::unix::fs::symlink("loop", folder.join("loop")).unwrap();
+        let expected = Place::Free(folder.join("a/b"));
+        assert_eq!(locate(&folder.join("a/other")).unwrap(), expected);
+        let error = locate(&folder.join("loop")).unwrap_err().to_string();
+        assert!(error.contains("symlinks"), "{error}");
     }
 }

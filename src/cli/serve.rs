@@ -1,13 +1,15 @@
 //! A running mount, from the first request to the tracking server to the last byte stored.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use anyhow::{Context, anyhow, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 
+use super::mounts;
 use crate::budget::Budget;
 use crate::catalog::Catalog;
 use crate::config::Config;
@@ -15,10 +17,10 @@ use crate::fuse::{FuseOptions, Mounted, mount};
 use crate::read::{ReadOptions, Reader};
 use crate::store::Stores;
 use crate::store::s3::S3Settings;
-use crate::telemetry;
+use crate::telemetry::{self, Log};
 use crate::tracking::Tracking;
 use crate::tracking::rest::RestTracking;
-use crate::tracking::settings::TrackingSettings;
+use crate::tracking::settings::{SettingError, TrackingSettings};
 use crate::vfs::{UploadStatus, Vfs, VfsOptions};
 use crate::write::{Spill, WriteOptions, Writer};
 
@@ -29,6 +31,50 @@ const LAST_TRANSFERS: Duration = Duration::from_secs(15 * 60);
 /// Read blocks and transfers keep this share of the memory, whatever writers do.
 const FLOOR_SHARE: u64 = 8;
 
+/// How the tracking server is reached: the flag, and MLflow's own variables and files.
+///
+/// # Errors
+/// What is wrong with one of them.
+pub(super) fn tracking_settings(config: &Config) -> Result<TrackingSettings, SettingError> {
+    let home = std::env::home_dir();
+    TrackingSettings::new(&config.tracking_uri, variable, home.as_deref())
+}
+
+/// How S3 is reached: the flag, and MLflow's own variables.
+///
+/// # Errors
+/// What is wrong with one of them.
+pub(super) fn store_settings(config: &Config) -> anyhow::Result<S3Settings> {
+    Ok(S3Settings::from_variables(variable, config.sign_payload)?)
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// Starts the log.
+///
+/// # Errors
+/// It cannot be written to.
+pub(super) fn start_log(config: &Config) -> anyhow::Result<Log> {
+    // A limit on the size of files (`ulimit -f`) makes a write fail, and does not end the mount.
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    let filter = telemetry::filter(config.log_level)?;
+    about_log(config, telemetry::start(filter, config.log_file.as_deref()))
+}
+
+/// What went wrong with the log, with its path and what to do.
+pub(super) fn about_log<T>(config: &Config, outcome: io::Result<T>) -> anyhow::Result<T> {
+    outcome.map_err(|error| match &config.log_file {
+        Some(file) => anyhow!(
+            "log file {}: {error}; name one that can be written with --log-file",
+            file.display()
+        ),
+        None => anyhow!("log: {error}"),
+    })
+}
+
 /// Mounts, calls `ready`, and serves until the mount is gone.
 ///
 /// # Errors
@@ -37,10 +83,7 @@ pub(super) fn run(
     config: &Config,
     ready: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    telemetry::start(config.log_level, config.log_file.as_deref()).with_context(|| {
-        let file = config.log_file.as_deref().unwrap_or(Path::new("stderr"));
-        format!("log {}", file.display())
-    })?;
+    let _claim = mounts::claim(&config.mountpoint)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("mlfs-worker")
@@ -52,30 +95,71 @@ pub(super) fn run(
         allow_other: config.allow_other,
         read_only: config.read_only,
     };
+    // From here on a signal is told, not the end: it would leave a dead mount behind.
+    let mut signals = {
+        let _inside = runtime.enter();
+        Signals::new()?
+    };
     vfs.take_over();
-    let mounted = mount(Arc::clone(&vfs), runtime.handle(), &options)
-        .with_context(|| format!("mounting on {}", config.mountpoint.display()))?;
+    let mounted = mount(Arc::clone(&vfs), runtime.handle(), &options).map_err(|error| {
+        let shown = config.mountpoint.display();
+        anyhow!("mount point {shown}: {error}; choose an empty directory of your own")
+    })?;
     tracing::info!(mountpoint = %config.mountpoint.display(), memory = config.memory,
         spill = %config.spill_dir.display(), "mounted");
-    ready()?;
+    let told = ready();
+    if let Err(error) = &told {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "who asked for this mount is gone, and nobody knows of it: unmounting"
+        );
+        signals.end.notify_one();
+    }
     runtime.spawn({
         let vfs = Arc::clone(&vfs);
         async move { vfs.recover().await }
     });
-    serve(&runtime, &vfs, mounted, &config.spill_dir)
+    let served = runtime.block_on(serve(&vfs, mounted, &mut signals, &config.spill_dir));
+    told.and(served)
+}
+
+/// What tells a mount to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    /// A terminal that closes does not end a mount.
+    _hangup: Signal,
+    /// From inside.
+    end: Notify,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("signals cannot be received");
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            _hangup: listen(SignalKind::hangup())?,
+            end: Notify::new(),
+        })
+    }
+
+    async fn told_to_end(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+            () = self.end.notified() => {}
+        }
+    }
 }
 
 /// Builds the rooms, from right to left.
 async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     let runtime = tokio::runtime::Handle::current();
-    let variable = |name: &str| std::env::var(name).ok();
-    let home = std::env::home_dir();
-    let settings = TrackingSettings::new(&config.tracking_uri, variable, home.as_deref())?;
-    let tracking = Arc::new(RestTracking::new(settings)?);
+    let tracking = Arc::new(RestTracking::new(tracking_settings(config)?)?);
     tracking.probe().await?;
     let tracking_uri = tracking.name().to_owned();
-    let s3 = S3Settings::from_variables(variable, config.sign_payload)?;
-    let stores = Arc::new(Stores::new(s3));
+    let stores = Arc::new(Stores::new(store_settings(config)?));
     let shared: Arc<Stores> = Arc::clone(&stores);
     let catalog = Catalog::new(tracking, shared, config.metadata_ttl);
     let read_floor = config.memory / FLOOR_SHARE;
@@ -86,10 +170,15 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         runtime.clone(),
         ReadOptions {
             transfers: config.transfers,
+            disk: config.cache.clone(),
         },
     );
-    let spill = Spill::open(&config.spill_dir, config.spill_size)
-        .with_context(|| format!("--spill-dir {}", config.spill_dir.display()))?;
+    let spill = Spill::open(&config.spill_dir, config.spill_size).map_err(|error| {
+        anyhow!(
+            "spill folder {}: {error}; name one that can be written with --spill-dir",
+            config.spill_dir.display()
+        )
+    })?;
     let writer = Writer::new(
         memory,
         spill,
@@ -113,38 +202,28 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     Ok(Vfs::new(catalog, stores, reader, writer, runtime, options))
 }
 
-fn serve(
-    runtime: &Runtime,
+async fn serve(
     vfs: &Arc<Vfs>,
     mut mounted: Mounted,
+    signals: &mut Signals,
     spill_dir: &Path,
 ) -> anyhow::Result<()> {
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
-        // A terminal that closes does not end a mount.
-        let _hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
-        let mut ended = false;
-        tokio::select! {
-            outcome = mounted.finished() => {
-                outcome.context("the session with the kernel")?;
-                ended = true;
-            }
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+    let mut ended = false;
+    tokio::select! {
+        outcome = mounted.finished() => {
+            outcome.context("the session with the kernel")?;
+            ended = true;
         }
-        let impatient = async {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        };
-        tokio::select! {
-            outcome = finish(vfs, &mut mounted, ended) => outcome?,
-            () = impatient => {
-                tracing::warn!("told twice to end: not waiting any longer");
-                let _ = mounted.unmount(true);
-            }
+        () = signals.told_to_end() => {}
+    }
+    tokio::select! {
+        outcome = finish(vfs, &mut mounted, ended) => outcome?,
+        () = signals.told_to_end() => {
+            tracing::warn!("told twice to end: not waiting any longer");
+            let _ = mounted.unmount(true);
         }
-        keep_rest(vfs, spill_dir).await
-    })
+    }
+    keep_rest(vfs, spill_dir).await
 }
 
 /// Stores what is left and lets the kernel go.
@@ -163,6 +242,8 @@ async fn finish(vfs: &Arc<Vfs>, mounted: &mut Mounted, ended: bool) -> anyhow::R
             .context("the session with the kernel")?;
     }
     store_closed(vfs).await;
+    let reading = Arc::clone(vfs);
+    let _ = tokio::task::spawn_blocking(move || reading.finish_reading()).await;
     tracing::info!("unmounted");
     Ok(())
 }

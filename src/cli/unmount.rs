@@ -7,13 +7,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 
-use super::mounts;
+use super::ask::{self, Unanswered};
+use super::{mounts, processes};
 use crate::config::parse_duration;
 use crate::fuse::unmount_path;
 use crate::vfs::{Status, UploadStatus};
 
 /// How often the mount is asked.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long one question may stay without an answer; then it is said that there is none.
+const LONGEST_SILENCE: Duration = Duration::from_secs(10);
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 /// How often what failed is asked to be tried again.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// How often progress is printed where there is no terminal.
@@ -25,56 +29,103 @@ pub(super) struct Arguments {
     #[arg(value_name = "MOUNTPOINT")]
     mountpoint: PathBuf,
 
-    /// How long to wait for what is not stored yet (30s, 15m, forever)
+    /// How long to wait for what is not stored yet, then for who uses the mount (30s, 15m, 0,
+    /// forever)
     #[arg(long, env = "MLFS_UNMOUNT_TIMEOUT", value_name = "DURATION", default_value = "15m",
           value_parser = parse_duration)]
     timeout: Duration,
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let path = std::path::absolute(&arguments.mountpoint)?;
-    let shown = path.display();
-    mounts::check_mlfs(&path)?;
-    if mounts::is_dead(&path) {
-        unmount_path(&path, true).with_context(|| format!("unmounting {shown}"))?;
-        eprintln!("mlfs: {shown}: its process was gone already; the dead mount is removed");
+    let path = mounts::find(&arguments.mountpoint)?;
+    let patience = Patience::new(arguments.timeout);
+    let Some(status) = wait_until_stored(&path, &patience)? else {
+        unmount_path(&path, true).with_context(|| format!("unmounting {}", path.display()))?;
+        eprintln!(
+            "mlfs: {}: its process was gone already; the dead mount is removed",
+            path.display()
+        );
         return Ok(());
-    }
-    let deadline = Instant::now().checked_add(arguments.timeout);
-    let expired = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
-    let status = wait_until_stored(&path, expired)?;
-    wait_until_unmounted(&path, expired)?;
-    wait_for_process(status.pid, expired)
+    };
+    wait_until_unmounted(&path, status.pid, &patience)?;
+    wait_for_process(status.pid, &patience)
 }
 
-fn wait_until_stored(path: &Path, expired: impl Fn() -> bool) -> anyhow::Result<Status> {
+/// How long to go on.
+struct Patience {
+    /// `None`: for ever.
+    deadline: Option<Instant>,
+}
+
+impl Patience {
+    fn new(timeout: Duration) -> Self {
+        Self {
+            deadline: Instant::now().checked_add(timeout),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline
+            .is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    /// For one question: also a mount that is told to wait for nothing is given a moment.
+    fn for_answer(&self) -> Duration {
+        let left = self.deadline.map_or(LONGEST_SILENCE, |deadline| {
+            deadline.saturating_duration_since(Instant::now())
+        });
+        left.clamp(SHORTEST_SILENCE, LONGEST_SILENCE)
+    }
+}
+
+/// The last status of the mount, when nothing is pending any more; `None` when its process is gone.
+fn wait_until_stored(path: &Path, patience: &Patience) -> anyhow::Result<Option<Status>> {
     let mut progress = Progress::new();
-    mounts::drain(path).with_context(|| format!("asking {} to finish", path.display()))?;
-    let mut asked = Instant::now();
+    let mut asked: Option<Instant> = None;
+    let mut silent = false;
     loop {
-        let status = mounts::ask(path)?;
-        if status.pending.is_empty() {
-            progress.end();
-            return Ok(status);
+        // Again and again: what failed may succeed by now.
+        let mut answer = Ok(());
+        if asked.is_none_or(|asked| asked.elapsed() > ASK_AGAIN) {
+            answer = ask::drain(path, patience.for_answer());
+            asked = Some(Instant::now());
         }
-        if expired() {
-            progress.end();
-            for file in &status.pending {
-                eprintln!("mlfs: not stored: {}", describe(file));
+        match answer.and_then(|()| ask::status(path, patience.for_answer())) {
+            Ok(status) if status.pending.is_empty() => {
+                progress.end();
+                return Ok(Some(status));
             }
-            bail!(
-                "{}: {} files are not stored yet; the mount stays, and nothing is lost",
-                path.display(),
-                status.pending.len()
-            );
+            Ok(status) if patience.is_over() => {
+                progress.end();
+                for file in &status.pending {
+                    eprintln!("mlfs: not stored: {}", describe(file));
+                }
+                bail!(
+                    "{}: {} files are not stored yet; the mount stays, and nothing is lost",
+                    path.display(),
+                    status.pending.len()
+                );
+            }
+            Ok(status) => {
+                progress.say(&status.pending);
+                std::thread::sleep(LOOK);
+            }
+            Err(Unanswered::Dead) => return Ok(None),
+            Err(Unanswered::Silent) if !patience.is_over() => {
+                if !silent {
+                    progress.end();
+                    eprintln!(
+                        "mlfs: {}: its process does not answer; waiting",
+                        path.display()
+                    );
+                }
+                (silent, asked) = (true, None);
+            }
+            Err(error) => {
+                progress.end();
+                return Err(mounts::unanswered(path, &error));
+            }
         }
-        progress.say(&status.pending);
-        if asked.elapsed() > ASK_AGAIN {
-            // What failed may succeed by now.
-            mounts::drain(path).with_context(|| format!("asking {} to finish", path.display()))?;
-            asked = Instant::now();
-        }
-        std::thread::sleep(LOOK);
     }
 }
 
@@ -90,22 +141,23 @@ fn describe(file: &UploadStatus) -> String {
     )
 }
 
-fn wait_until_unmounted(path: &Path, expired: impl Fn() -> bool) -> anyhow::Result<()> {
+fn wait_until_unmounted(path: &Path, server: u32, patience: &Patience) -> anyhow::Result<()> {
     loop {
         match unmount_path(path, false) {
             Ok(()) => return Ok(()),
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && !expired() => {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && !patience.is_over() => {
                 std::thread::sleep(LOOK);
             }
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                let users = users(path);
+                let users = processes::users(path, server);
                 let users = if users.is_empty() {
-                    "unknown".to_owned()
+                    "a process that cannot be told".to_owned()
                 } else {
                     users.join(", ")
                 };
                 bail!(
-                    "{}: in use by {users}; everything written is stored",
+                    "{}: in use by {users}; everything written is stored; end what uses it and \
+                     unmount again",
                     path.display()
                 );
             }
@@ -116,39 +168,11 @@ fn wait_until_unmounted(path: &Path, expired: impl Fn() -> bool) -> anyhow::Resu
     }
 }
 
-/// Processes that have something below `path` open, or stand in it.
-fn users(path: &Path) -> Vec<String> {
-    let Ok(processes) = std::fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    let mut found = Vec::new();
-    for process in processes.flatten() {
-        let folder = process.path();
-        let Some(pid) = folder
-            .file_name()
-            .and_then(|name| name.to_str()?.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let stands = std::fs::read_link(folder.join("cwd")).is_ok_and(|cwd| cwd.starts_with(path));
-        let opened = std::fs::read_dir(folder.join("fd")).is_ok_and(|files| {
-            files.flatten().any(|file| {
-                std::fs::read_link(file.path()).is_ok_and(|target| target.starts_with(path))
-            })
-        });
-        if stands || opened {
-            let name = std::fs::read_to_string(folder.join("comm")).unwrap_or_default();
-            found.push(format!("{} (pid {pid})", name.trim()));
-        }
-    }
-    found
-}
-
 /// The mount's process ends by itself once the kernel has let it go.
-fn wait_for_process(pid: u32, expired: impl Fn() -> bool) -> anyhow::Result<()> {
+fn wait_for_process(pid: u32, patience: &Patience) -> anyhow::Result<()> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     while process.exists() && !is_zombie(&process) {
-        if expired() {
+        if patience.is_over() {
             bail!("unmounted, but its process (pid {pid}) is still at work; its log says on what");
         }
         std::thread::sleep(LOOK);

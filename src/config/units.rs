@@ -63,6 +63,7 @@ mod tests {
     #[test]
     fn sizes_read_as_people_write_them() {
         assert_eq!(parse_size("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_size(" 512 MiB"), Ok(512 << 20));
         assert_eq!(parse_size("20G"), Ok(20 << 30));
         assert_eq!(parse_size("1.5k"), Ok(1536));
         assert_eq!(parse_size("5GB"), Ok(5_000_000_000));

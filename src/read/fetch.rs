@@ -1,7 +1,8 @@
-//! One ranged GET that fills consecutive blocks while it streams.
+//! Consecutive blocks on their way: from disk, or by ranged GETs that fill them while they stream.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
@@ -9,7 +10,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::block::{Block, BlockCache};
-use super::{BLOCK_SIZE, Source};
+use super::disk::Found;
+use super::{BLOCK_SIZE, Reader, Source};
 use crate::budget::Reservation;
 use crate::store::{StoreError, StoreResult};
 
@@ -82,19 +84,71 @@ impl Fetch {
             .send_modify(|progress| *progress = Progress::Failed(error));
     }
 
-    /// Runs the request to its end and fills the blocks as the bytes arrive.
+    /// Fills the blocks in order: from disk where it has them, else from the store as the bytes
+    /// arrive, a request a gap. Bytes asked of the store are added to `asked`.
     pub async fn run(
         &self,
+        reader: &Reader,
+        source: &Source,
+        content: u64,
+        mut reservation: Reservation,
+        asked: &AtomicU64,
+    ) -> StoreResult<()> {
+        let disk = reader.disk.as_ref().and_then(|disk| disk.object(source));
+        let mut rest = self.blocks.clone();
+        while !rest.is_empty() {
+            let found = match &disk {
+                Some(disk) => disk.find(rest.clone()).await,
+                None => Found::Gap(rest.clone()),
+            };
+            match found {
+                Found::Run(run) => {
+                    let from_disk = &reader.metrics.bytes_from_disk;
+                    rest.start += run.len() as u64;
+                    for bytes in run {
+                        let length = bytes.len() as u64;
+                        from_disk.fetch_add(length, Ordering::Relaxed);
+                        let block = Block::new(vec![bytes], reservation.split(length));
+                        self.fill(&reader.cache, content, block);
+                    }
+                }
+                Found::Gap(gap) => {
+                    rest.start = gap.end;
+                    let bytes = range_of(&gap, source);
+                    asked.fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
+                    let outcome = self
+                        .request(bytes, source, &reader.cache, content, &mut reservation)
+                        .await;
+                    if let Some(disk) = &disk {
+                        disk.offer(gap.start, &self.filled_from(gap.start));
+                    }
+                    outcome?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The blocks from `index` on, as far as they are there.
+    fn filled_from(&self, index: u64) -> Vec<Arc<Block>> {
+        let position = (index - self.blocks.start) as usize;
+        let filled = self.filled.lock();
+        filled.get(position..).unwrap_or_default().to_vec()
+    }
+
+    /// One ranged GET of whole blocks, the next to be filled.
+    async fn request(
+        &self,
+        bytes: Range<u64>,
         source: &Source,
         cache: &BlockCache,
         content: u64,
-        mut reservation: Reservation,
+        reservation: &mut Reservation,
     ) -> StoreResult<()> {
-        let start = self.blocks.start * BLOCK_SIZE;
-        let end = (self.blocks.end * BLOCK_SIZE).min(source.size);
+        let (start, end) = (bytes.start, bytes.end);
         let body = source
             .store
-            .get(&source.key, start..end, source.etag.as_ref())
+            .get(&source.key, bytes, source.etag.as_ref())
             .await?;
         if body.object_size != source.size || body.range != (start..end) {
             return Err(StoreError::Changed {
@@ -130,6 +184,11 @@ impl Fetch {
         }
         Ok(())
     }
+}
+
+/// Bytes of some blocks.
+fn range_of(blocks: &Range<u64>, source: &Source) -> Range<u64> {
+    blocks.start * BLOCK_SIZE..(blocks.end * BLOCK_SIZE).min(source.size)
 }
 
 pub(super) fn object_name(source: &Source) -> String {

@@ -169,11 +169,6 @@ impl ObjectReader {
         let mut waiting = Vec::new();
         let mut state = self.state.lock();
         for gap in self.gaps(&state, blocks, Some(&mut waiting)) {
-            let bytes = self.bytes_of(&gap);
-            self.reader
-                .metrics
-                .bytes_demanded
-                .fetch_add(bytes, Ordering::Relaxed);
             let fetch = Fetch::new(gap.clone());
             state.fetches.insert(gap.start, Arc::clone(&fetch));
             self.start(Arc::clone(&fetch), state.source.clone(), None);
@@ -229,13 +224,19 @@ impl ObjectReader {
     ) {
         let this = Arc::clone(self);
         self.reader.runtime.spawn(async move {
+            let reader = &this.reader;
             let bytes = this.bytes_of(&fetch.blocks);
-            let (permit, reservation) = match prefetch {
-                Some((permit, reservation)) => (Some(permit), reservation),
-                None => (None, this.reader.budget.reserve(Class::Read, bytes).await),
+            let (permit, reservation, asked) = match prefetch {
+                Some((permit, reservation)) => {
+                    (Some(permit), reservation, &reader.metrics.bytes_prefetched)
+                }
+                None => {
+                    let reservation = reader.budget.reserve(Class::Read, bytes).await;
+                    (None, reservation, &reader.metrics.bytes_demanded)
+                }
             };
             let outcome = fetch
-                .run(&source, &this.reader.cache, this.content, reservation)
+                .run(reader, &source, this.content, reservation, asked)
                 .await;
             drop(permit);
             // Out of the table first: who plans anew must not meet a fetch that has failed.
@@ -300,10 +301,6 @@ impl ObjectReader {
             let Some(reservation) = self.reader.budget.try_reserve(Class::Read, length) else {
                 return false;
             };
-            self.reader
-                .metrics
-                .bytes_prefetched
-                .fetch_add(length, Ordering::Relaxed);
             let fetch = Fetch::new(gap.clone());
             state.fetches.insert(gap.start, Arc::clone(&fetch));
             self.start(fetch, state.source.clone(), Some((permit, reservation)));

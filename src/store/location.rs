@@ -103,7 +103,7 @@ impl Stores {
 }
 
 /// A URI as it may be shown: without user, password and query.
-fn without_credentials(uri: &str) -> String {
+pub(super) fn without_credentials(uri: &str) -> String {
     match Url::parse(uri) {
         Ok(mut url) => {
             let _ = url.set_password(None);

@@ -38,6 +38,7 @@ pub struct S3Store {
     client: Arc<S3Client>,
     bucket: Arc<str>,
     name: String,
+    identity: String,
     metrics: Arc<StoreMetrics>,
 }
 
@@ -66,9 +67,10 @@ fn content_type(key: &str) -> String {
 impl S3Store {
     pub fn new(client: Arc<S3Client>, bucket: &str, metrics: Arc<StoreMetrics>) -> Self {
         Self {
-            client,
             bucket: bucket.into(),
             name: format!("s3://{bucket}"),
+            identity: format!("{}/{bucket}", client.endpoint),
+            client,
             metrics,
         }
     }
@@ -156,6 +158,10 @@ fn may_be_the_checksum(error: &StoreError) -> bool {
 impl Store for S3Store {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn identity(&self) -> &str {
+        &self.identity
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -150,6 +150,7 @@ impl Refusal<'_> {
                 "the server does not answer to this host name: give its IP address, or start it \
                  with --allowed-hosts"
             }
+            403 => settings.authentication.remedy(),
             404 if !is_json => {
                 "there is no MLflow API at this address: check the tracking URI and its path"
             }

@@ -150,7 +150,8 @@ impl Transport {
             let Ok(answer) = timeout_at(deadline, self.attempt(call)).await else {
                 let seconds = patience.longest.as_secs_f32();
                 let error = last.unwrap_or_else(|| {
-                    self.unavailable(format!("no answer to {} in {seconds} s", call.subject))
+                    let subject = call.subject;
+                    self.unavailable(format!("no answer to {subject} in {seconds} s; {CHECK}"))
                 });
                 return Err(Failure::Final(error));
             };
@@ -190,7 +191,10 @@ impl Transport {
             return Err(refusal.into_failure(&self.name, &self.settings, call.subject));
         }
         serde_json::from_slice(&body).map_err(|error| {
-            let detail = format!("{error}; is this an MLflow server? {}", excerpt(&body));
+            let detail = format!(
+                "{error}; is this an MLflow server? {}; check the tracking URI",
+                excerpt(&body)
+            );
             Failure::Final(self.protocol(call.subject, detail))
         })
     }
@@ -252,11 +256,22 @@ impl Transport {
     }
 
     fn unreachable(&self, error: reqwest::Error) -> Failure {
-        let mut detail = chain(&error.without_url());
-        if let Some(remedy) = tls_remedy(&detail) {
-            detail = format!("{detail}; {remedy}");
-        }
-        Failure::Transient(self.unavailable(detail), None)
+        let error = error.without_url();
+        let remedy = tls_remedy(&chain(&error)).unwrap_or(CHECK);
+        let cause = root(&error);
+        let detail = match () {
+            () if error.is_timeout() && error.is_connect() => {
+                format!("no connection within {} s", CONNECT_TIMEOUT.as_secs())
+            }
+            () if error.is_timeout() => {
+                format!(
+                    "no answer within {} s",
+                    self.settings.request_timeout.as_secs()
+                )
+            }
+            () => cause,
+        };
+        Failure::Transient(self.unavailable(format!("{detail}; {remedy}")), None)
     }
 
     #[cfg(test)]
@@ -292,9 +307,27 @@ fn headers(settings: &TrackingSettings) -> Result<HeaderMap, SettingError> {
     Ok(headers)
 }
 
+/// What to do about a server that does not answer.
+const CHECK: &str = "check that it runs, and that the tracking URI and its port are right";
+
+/// The innermost cause: around it libraries say what they were doing, which is told already.
+fn root(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(cause) = innermost.source() {
+        innermost = cause;
+    }
+    innermost.to_string()
+}
+
 /// What to do about TLS that fails; rustls tells its reasons in its texts only.
 fn tls_remedy(detail: &str) -> Option<&'static str> {
-    if detail.contains("invalid peer certificate") {
+    if detail.contains("CaUsedAsEndEntity") {
+        // What `openssl req -x509` makes unless told otherwise.
+        Some(
+            "its certificate is an authority's and its own at once, which is never accepted: have \
+             that authority sign another one for the server",
+        )
+    } else if detail.contains("invalid peer certificate") {
         Some(
             "if its certificate is your own authority's, give that one's PEM file in \
              MLFLOW_TRACKING_SERVER_CERT_PATH",

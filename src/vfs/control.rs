@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Vfs;
 use super::uploads::UploadStatus;
+use crate::read::DiskStatus;
 
 /// Bytes of a budget.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -28,6 +29,11 @@ pub struct ReadStatus {
     pub bytes_demanded: u64,
     pub bytes_prefetched: u64,
     pub bytes_cached: u64,
+    #[serde(default)]
+    pub bytes_from_disk: u64,
+    /// `None` without a disk cache.
+    #[serde(default)]
+    pub disk: Option<DiskStatus>,
 }
 
 /// `.mlfs/status`.
@@ -112,6 +118,8 @@ impl Vfs {
                 bytes_demanded: read.bytes_demanded.load(Ordering::Relaxed),
                 bytes_prefetched: read.bytes_prefetched.load(Ordering::Relaxed),
                 bytes_cached: self.reader.cached_bytes(),
+                bytes_from_disk: read.bytes_from_disk.load(Ordering::Relaxed),
+                disk: self.reader.disk_status(),
             },
             store: self.stores.metrics(),
             inodes: self.tree.lock().len(),

@@ -108,9 +108,10 @@ impl Vfs {
         leftover: Leftover,
         told: bool,
     ) -> Result<Option<Arc<Draft>>, (Leftover, String)> {
-        if leftover.closed_at().is_none() {
-            let reason = ResumeError::Unfinished.to_string();
-            return Err((leftover, reason));
+        match leftover.obstacle() {
+            None => {}
+            Some(ResumeError::Unclosed) if told => {}
+            Some(error) => return Err((leftover, error.to_string())),
         }
         let run = leftover.path().split('/').next().unwrap_or_default();
         if let Err(error) = self.catalog.run_entry(run).await {
@@ -162,6 +163,7 @@ impl Vfs {
 
     /// Publishes what a former mount had not, in the background.
     fn send(self: &Arc<Self>, draft: Arc<Draft>) {
+        draft.forget_failure();
         let vfs = Arc::clone(self);
         self.runtime.spawn(async move {
             match draft.publish().await {

@@ -209,6 +209,11 @@ impl Draft {
         self.state.lock().failure.clone()
     }
 
+    /// It is tried again: until that fails too, nothing is known against it.
+    pub fn forget_failure(&self) {
+        self.state.lock().failure = None;
+    }
+
     pub fn target(&self) -> Target {
         self.state.lock().target.clone()
     }

@@ -41,8 +41,10 @@ pub struct Leftover {
 /// Why a leftover cannot be made a draft again. It stays where it is.
 #[derive(Debug, thiserror::Error)]
 pub enum ResumeError {
-    #[error("its writer had not closed it when the mount ended")]
+    #[error("not closed by its writer when the mount ended, and some of it was in memory only")]
     Unfinished,
+    #[error("not closed by its writer when the mount ended: retry to store it as it was")]
+    Unclosed,
     #[error("bytes {}..{} are neither on disk nor in the store any more", .0.start, .0.end)]
     Lost(Range<u64>),
     #[error("spill file: {0}")]
@@ -157,6 +159,15 @@ impl Leftover {
         manifest.filter(|it| it.closed).map(|it| it.at)
     }
 
+    /// What keeps it from being sent without anybody's word, whatever the store says.
+    pub fn obstacle(&self) -> Option<ResumeError> {
+        match &self.replayed.manifest {
+            None => Some(ResumeError::Unfinished),
+            Some(manifest) if !manifest.closed => Some(ResumeError::Unclosed),
+            Some(_) => None,
+        }
+    }
+
     /// Why it was not stored when its mount lived, if that was tried.
     pub fn failure(&self) -> Option<&str> {
         self.replayed.failure.as_deref()
@@ -183,9 +194,8 @@ impl Leftover {
         writer: &Arc<Writer>,
         store: &Arc<dyn Store>,
     ) -> Result<Arc<Draft>, ResumeError> {
-        let manifest = self.replayed.manifest.as_ref();
-        let manifest = manifest.filter(|manifest| manifest.closed);
-        let manifest = manifest.ok_or(ResumeError::Unfinished)?.clone();
+        let manifest = self.replayed.manifest.clone();
+        let manifest = manifest.ok_or(ResumeError::Unfinished)?;
         let held = self.held_parts(store).await?;
         let geometry = Geometry::of_first(manifest.part_size);
         let mut chunks = BTreeMap::new();

@@ -2,7 +2,7 @@
 //! over by the next mount when this one is gone.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -60,8 +60,10 @@ impl SpillDirectory {
         // Under another name until it is locked, so that nobody takes it for abandoned.
         let unready = parent.join(format!("unready-{name}"));
         std::fs::DirBuilder::new().mode(0o700).create(&unready)?;
-        let lock = File::create(unready.join(LOCK))?;
-        lock.lock()?;
+        let made = Self::fill(&unready).inspect_err(|_| {
+            let _ = std::fs::remove_dir_all(&unready);
+        });
+        let lock = made?;
         let path = parent.join(format!("{MOUNT}{name}"));
         std::fs::rename(&unready, &path)?;
         Ok(Arc::new(Self {
@@ -69,6 +71,15 @@ impl SpillDirectory {
             kept: AtomicBool::new(false),
             _lock: lock,
         }))
+    }
+
+    /// The lock of a new folder. Whether the disk takes anything shows now, and not when a program
+    /// writes.
+    fn fill(folder: &Path) -> io::Result<File> {
+        let mut lock = File::create(folder.join(LOCK))?;
+        lock.lock()?;
+        writeln!(lock, "{}", std::process::id())?;
+        Ok(lock)
     }
 
     /// Takes over a folder whose mount is gone; `None` when its mount lives.

@@ -2,10 +2,14 @@
 
 #![allow(dead_code)]
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use mlfs_lab::s3::{ACCESS_KEY, S3Server, SECRET_KEY, ServerOptions};
@@ -93,6 +97,13 @@ impl Lab {
         std::fs::read_to_string(self.log()).unwrap_or_default()
     }
 
+    /// Waits until the log says `words`: its lines are written by a thread of their own.
+    pub fn expect_log(&self, words: &str) {
+        wait_until(&format!("the log to say {words}"), || {
+            self.log_text().contains(words)
+        });
+    }
+
     pub fn empty_folder(&self) -> PathBuf {
         (0..)
             .map(|number| self.folder().join(format!("mount-{number}")))
@@ -165,6 +176,96 @@ impl Drop for Mount<'_> {
         // SAFETY: a valid C string; a mount that is gone already is an error nobody minds.
         unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
     }
+}
+
+/// What answers every request with the same few bytes, in place of a tracking server.
+pub struct FakeServer {
+    address: SocketAddr,
+    held: Arc<(Mutex<bool>, Condvar)>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl FakeServer {
+    /// `status` is like `200 OK`.
+    pub fn start(status: &str, body: &str) -> Self {
+        Self::new(status, body, false)
+    }
+
+    /// One that answers when it is let go.
+    pub fn held(status: &str, body: &str) -> Self {
+        Self::new(status, body, true)
+    }
+
+    fn new(status: &str, body: &str, held: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let held = Arc::new((Mutex::new(held), Condvar::new()));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let answer = format!(
+            "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        );
+        let (may, count) = (Arc::clone(&held), Arc::clone(&asked));
+        // It ends with the test's process.
+        std::thread::spawn(move || {
+            for connection in listener.incoming() {
+                let Ok(mut connection) = connection else {
+                    continue;
+                };
+                let mut request = [0; 4096];
+                let _ = connection.read(&mut request);
+                count.fetch_add(1, Ordering::SeqCst);
+                let still = may.0.lock().expect("no panic");
+                drop(may.1.wait_while(still, |held| *held));
+                let _ = connection.write_all(answer.as_bytes());
+            }
+        });
+        Self {
+            address,
+            held,
+            asked,
+        }
+    }
+
+    pub fn uri(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub fn was_asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst) > 0
+    }
+
+    pub fn let_go(&self) {
+        *self.held.0.lock().expect("no panic") = false;
+        self.held.1.notify_all();
+    }
+}
+
+/// How many mounts the kernel knows at exactly this path.
+pub fn mounts_at(path: &Path) -> usize {
+    let table = std::fs::read("/proc/self/mountinfo").expect("the table");
+    let path = path.as_os_str().as_encoded_bytes();
+    let path = String::from_utf8_lossy(path).replace(' ', "\\040");
+    let table = String::from_utf8_lossy(&table).into_owned();
+    let at = table.lines().filter_map(|line| line.split(' ').nth(4));
+    at.filter(|at| *at == path).count()
+}
+
+/// Lets the program write files of at most `bytes` bytes: to it, that is a full disk.
+pub fn limit_files(command: &mut Command, bytes: u64) {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    let apply = move || {
+        // SAFETY: setrlimit may be called between fork and exec, and reads only its argument.
+        match unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: `apply` neither allocates nor locks.
+    unsafe { command.pre_exec(apply) };
 }
 
 /// Standard error of a process, for messages.

@@ -9,13 +9,15 @@ use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
-use aws_config::{BehaviorVersion, Region};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{
     RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
 };
+use aws_types::service_config::ServiceConfigKey;
 
 use super::settings::{S3Settings, SignPayload};
+use crate::store::location::without_credentials;
 
 /// How often the SDK tries a request before it gives up: with its exponential backoff, about half
 /// a minute of trouble.
@@ -32,6 +34,8 @@ const DEFAULT_REGION: &str = "us-east-1";
 pub struct S3Client {
     pub(super) sdk: Client,
     pub(super) settings: S3Settings,
+    /// Where the requests go: a URL without credentials, or AWS and the region.
+    pub(super) endpoint: String,
     pub(super) unsigned_payload: bool,
     /// The endpoint takes CRC32C headers. Taken back for good when it refuses one.
     checksums: AtomicBool,
@@ -90,6 +94,13 @@ impl S3Client {
         if shared.region().is_none() {
             config = config.region(Region::new(DEFAULT_REGION));
         }
+        let endpoint = match named.clone().or_else(|| profile_endpoint(&shared)) {
+            Some(url) => without_credentials(&url).trim_end_matches('/').to_owned(),
+            None => {
+                let region = shared.region().map_or(DEFAULT_REGION, Region::as_ref);
+                format!("aws:{region}")
+            }
+        };
         let plain = named
             .as_deref()
             .is_some_and(|endpoint| endpoint.starts_with("http://"));
@@ -101,6 +112,7 @@ impl S3Client {
         Arc::new(Self {
             sdk: Client::from_conf(config.build()),
             settings,
+            endpoint,
             unsigned_payload,
             checksums: AtomicBool::new(true),
         })
@@ -119,4 +131,18 @@ impl S3Client {
             );
         }
     }
+}
+
+/// The endpoint that the user's profile names, for S3 or for everything, as the SDK finds it.
+fn profile_endpoint(shared: &SdkConfig) -> Option<String> {
+    let key = ServiceConfigKey::builder()
+        .service_id("S3")
+        .env("AWS_ENDPOINT_URL")
+        .profile("endpoint_url")
+        .build()
+        .ok()?;
+    let service = shared.service_config();
+    service
+        .and_then(|service| service.load_config(key))
+        .or_else(|| shared.endpoint_url().map(str::to_owned))
 }
