@@ -465,6 +465,32 @@ fn trouble_that_passes_is_not_noticed() {
 }
 
 #[test]
+fn throttling_of_many_transfers_at_once_is_not_noticed() {
+    const FILES: usize = 100;
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--transfers", "128"]);
+    let slow_down = Fault::Status(503, "SlowDown".to_owned());
+    // Each is refused twice or so.
+    lab.s3.set_faults(
+        1,
+        vec![Rule {
+            times: Some(2 * FILES as u64 + 20),
+            ..Rule::once(Kind::Put, slow_down)
+        }],
+    );
+    let writers: Vec<_> = (0..FILES)
+        .map(|number| {
+            let path = mount.at(&format!("f{number}"));
+            std::thread::spawn(move || fs::write(path, b"x"))
+        })
+        .collect();
+    for writer in writers {
+        writer.join().unwrap().unwrap();
+    }
+    assert_eq!(lab.names().len(), FILES);
+}
+
+#[test]
 fn what_is_damaged_on_the_way_is_sent_again() {
     let lab = Lab::new();
     let mount = lab.mount_with(SMALL_PARTS);

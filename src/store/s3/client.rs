@@ -11,6 +11,7 @@ use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::{RetryPartition, TokenBucket};
 use aws_sdk_s3::config::{
     RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
 };
@@ -23,6 +24,12 @@ use crate::store::location::without_credentials;
 /// a minute of trouble.
 const ATTEMPTS: u32 = 6;
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// The SDK gives retries up when many requests of one client have failed: a quota, made for clients
+/// that must not make an outage worse. A mount's requests are bounded by `--transfers` and by
+/// [`ATTEMPTS`], and each that fails is somebody's file: the quota is out of reach, and what an
+/// outage took of it comes back by itself, tokens a second.
+const RETRY_QUOTA: usize = 100_000;
+const RETRY_QUOTA_REFILL: f32 = 1_000.0;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A transfer that moves fewer than one byte a second for this long is stalled, and tried again on
 /// another connection. There is no limit on the whole of a request: what moves is never cut off.
@@ -91,6 +98,11 @@ impl S3Client {
                 .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
                 .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
         }
+        let quota = TokenBucket::builder()
+            .capacity(RETRY_QUOTA)
+            .refill_rate(RETRY_QUOTA_REFILL)
+            .build();
+        config = config.retry_partition(RetryPartition::custom("mlfs").token_bucket(quota).build());
         if shared.region().is_none() {
             config = config.region(Region::new(DEFAULT_REGION));
         }
