@@ -82,7 +82,8 @@ impl Budget {
         Self::new(limit, 0, 0, 0)
     }
 
-    /// Registers a holder of bytes that can be given up when another class wants them.
+    /// Registers a holder of bytes that can be given up when somebody wants them. The one that was
+    /// registered last is asked first.
     pub fn add_reclaimer(&self, reclaimer: Weak<dyn Reclaim>) {
         self.reclaimers.lock().push(reclaimer);
     }
@@ -169,6 +170,7 @@ impl Budget {
             .reclaimers
             .lock()
             .iter()
+            .rev()
             .filter_map(Weak::upgrade)
             .collect();
         let mut freed = 0;

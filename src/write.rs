@@ -14,6 +14,7 @@ mod draft;
 mod error;
 mod geometry;
 mod journal;
+mod pool;
 mod publish;
 mod record;
 mod recovery;
@@ -30,6 +31,8 @@ use tokio::sync::Semaphore;
 
 use crate::budget::Budget;
 use crate::read::Reader;
+use chunk::Room;
+use pool::Pool;
 
 pub use draft::{Draft, Progress, Target};
 pub use error::WriteError;
@@ -51,6 +54,7 @@ pub struct WriteOptions {
 #[derive(Debug)]
 pub struct Writer {
     memory: Arc<Budget>,
+    room: Room,
     spill: Arc<Spill>,
     reader: Arc<Reader>,
     transfers: Arc<Semaphore>,
@@ -73,8 +77,14 @@ impl Writer {
         runtime: Handle,
         options: WriteOptions,
     ) -> Arc<Self> {
+        let part_size = usize::try_from(options.part_size).unwrap_or(usize::MAX);
+        let room = Room {
+            budget: Arc::clone(&memory),
+            pool: Pool::new(Arc::clone(&memory), part_size, options.transfers),
+        };
         Arc::new(Self {
             memory,
+            room,
             spill,
             reader,
             transfers: Arc::new(Semaphore::new(options.transfers)),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::error::WriteError;
+use super::pool::Pool;
 use super::spill::SpillFile;
 use crate::budget::{Budget, Class, Reservation};
 use crate::store::{PartReceipt, checksum};
@@ -25,7 +26,9 @@ const FULL_SIZE_FROM: usize = 1 << 20;
 pub(super) struct Buffer {
     bytes: Vec<u8>,
     origin: u64,
-    reservation: Reservation,
+    /// Taken out only when the buffer goes.
+    reservation: Option<Reservation>,
+    pool: Arc<Pool>,
 }
 
 /// Where a chunk's local bytes are.
@@ -70,6 +73,13 @@ pub(super) struct DiskCopy {
     pub file: Arc<SpillFile>,
 }
 
+/// Where chunks get their memory.
+#[derive(Debug)]
+pub(super) struct Room {
+    pub budget: Arc<Budget>,
+    pub pool: Arc<Pool>,
+}
+
 /// Shares a buffer with a request body without copying it.
 struct Shared {
     buffer: Arc<Buffer>,
@@ -96,16 +106,11 @@ pub(super) enum Refusal {
 
 impl Chunk {
     /// A chunk with its first bytes, if the budget allows.
-    pub fn new(budget: &Arc<Budget>, at: u64, data: &[u8], size: u64) -> Option<Self> {
-        let reservation = budget.try_reserve(Class::Write, round_up(data.len()) as u64)?;
-        let mut bytes = Vec::with_capacity(capacity(data.len(), (size - at) as usize));
-        bytes.extend_from_slice(data);
+    pub fn new(room: &Room, at: u64, data: &[u8], size: u64) -> Option<Self> {
+        let mut buffer = Buffer::with_room(room, data.len(), at, size)?;
+        buffer.bytes.extend_from_slice(data);
         Some(Self {
-            data: Data::Memory(Arc::new(Buffer {
-                bytes,
-                origin: at,
-                reservation,
-            })),
+            data: Data::Memory(Arc::new(buffer)),
             local: at..at + data.len() as u64,
             crc32c: Some(checksum::crc32c(data)),
             version: 0,
@@ -128,13 +133,7 @@ impl Chunk {
     }
 
     /// Writes `data` at `at`; `size` is the size of the whole chunk.
-    pub fn write(
-        &mut self,
-        budget: &Arc<Budget>,
-        at: u64,
-        data: &[u8],
-        size: u64,
-    ) -> Result<(), Refusal> {
+    pub fn write(&mut self, room: &Room, at: u64, data: &[u8], size: u64) -> Result<(), Refusal> {
         let range = at..at + data.len() as u64;
         if let Some(gap) = self.gap_before(&range) {
             return Err(Refusal::Gap(gap));
@@ -147,7 +146,7 @@ impl Chunk {
                 }
                 file.write(data, at).map_err(Refusal::Error)?;
             }
-            Data::Memory(buffer) => Buffer::write(buffer, budget, at, data, size)?,
+            Data::Memory(buffer) => Buffer::write(buffer, room, at, data, size)?,
         }
         self.crc32c = match self.crc32c {
             Some(crc) if at == self.local.end => Some(checksum::crc32c_update(crc, data)),
@@ -169,7 +168,7 @@ impl Chunk {
         {
             let length = (self.local.end - buffer.origin) as usize;
             buffer.bytes.truncate(length);
-            buffer.reservation.shrink_to(round_up(length) as u64);
+            buffer.shrink_reservation(round_up(length) as u64);
         }
     }
 
@@ -217,7 +216,7 @@ impl Chunk {
     /// Bytes of memory held.
     pub fn memory(&self) -> u64 {
         match &self.data {
-            Data::Memory(buffer) => buffer.reservation.bytes(),
+            Data::Memory(buffer) => buffer.reserved(),
             Data::Spilled(_) | Data::GivenUp => 0,
         }
     }
@@ -237,7 +236,7 @@ impl Buffer {
 
     fn write(
         this: &mut Arc<Self>,
-        budget: &Arc<Budget>,
+        room: &Room,
         at: u64,
         data: &[u8],
         size: u64,
@@ -245,49 +244,77 @@ impl Buffer {
         let end = at + data.len() as u64;
         let origin = this.origin.min(at);
         let length = (end.max(this.origin + this.bytes.len() as u64) - origin) as usize;
-        if Arc::get_mut(this).is_none() || origin < this.origin {
-            // Somebody sends or reads the old bytes, or the run grows at its front: a new buffer.
-            let reservation = budget
-                .try_reserve(Class::Write, round_up(length) as u64)
-                .ok_or(Refusal::Room)?;
-            let mut bytes = Vec::with_capacity(capacity(length, (size - origin) as usize));
-            bytes.resize((this.origin - origin) as usize, 0);
-            bytes.extend_from_slice(&this.bytes);
-            *this = Arc::new(Self {
-                bytes,
-                origin,
-                reservation,
-            });
+        let shared = Arc::get_mut(this).is_none();
+        let too_small = length > this.bytes.capacity();
+        if shared || too_small || origin < this.origin {
+            // Somebody sends or reads the old bytes, or the run outgrows them: a new buffer.
+            let mut larger = Self::with_room(room, length, origin, size).ok_or(Refusal::Room)?;
+            larger.bytes.resize((this.origin - origin) as usize, 0);
+            larger.bytes.extend_from_slice(&this.bytes);
+            *this = Arc::new(larger);
         }
         let Some(buffer) = Arc::get_mut(this) else {
             return Err(Refusal::Room);
         };
         let reserved = round_up(length) as u64;
-        if reserved > buffer.reservation.bytes() {
-            let more = reserved - buffer.reservation.bytes();
-            let more = budget
-                .try_reserve(Class::Write, more)
-                .ok_or(Refusal::Room)?;
-            buffer.reservation.merge(more);
+        if reserved > buffer.reserved() {
+            let more = room
+                .budget
+                .try_reserve(Class::Write, reserved - buffer.reserved());
+            let more = more.ok_or(Refusal::Room)?;
+            match &mut buffer.reservation {
+                Some(reservation) => reservation.merge(more),
+                none => *none = Some(more),
+            }
         }
-        buffer.put(
-            (at - buffer.origin) as usize,
-            data,
-            (size - buffer.origin) as usize,
-        );
+        buffer.put((at - buffer.origin) as usize, data);
         Ok(())
     }
 
-    fn put(&mut self, position: usize, data: &[u8], limit: usize) {
-        let length = self.bytes.len();
-        let overlap = length.saturating_sub(position).min(data.len());
+    /// An empty buffer with room for `length` bytes from `origin` on, in a chunk of `size` bytes.
+    fn with_room(room: &Room, length: usize, origin: u64, size: u64) -> Option<Self> {
+        let capacity = capacity(length, (size - origin) as usize);
+        let (bytes, reservation) = match room.pool.take(capacity) {
+            Some(kept) => kept,
+            None => {
+                let reserved = round_up(length) as u64;
+                let reservation = room.budget.try_reserve(Class::Write, reserved)?;
+                (Vec::with_capacity(capacity), reservation)
+            }
+        };
+        Some(Self {
+            bytes,
+            origin,
+            reservation: Some(reservation),
+            pool: Arc::clone(&room.pool),
+        })
+    }
+
+    fn reserved(&self) -> u64 {
+        self.reservation.as_ref().map_or(0, Reservation::bytes)
+    }
+
+    /// Gives back what is reserved beyond `bytes`, where the pages behind it may be given back too.
+    fn shrink_reservation(&mut self, bytes: u64) {
+        self.bytes.shrink_to(bytes as usize);
+        if let Some(reservation) = &mut self.reservation {
+            reservation.shrink_to(bytes);
+        }
+    }
+
+    fn put(&mut self, position: usize, data: &[u8]) {
+        let overlap = self.bytes.len().saturating_sub(position).min(data.len());
         let (over, beyond) = data.split_at(overlap);
         self.bytes[position..position + overlap].copy_from_slice(over);
-        if length + beyond.len() > self.bytes.capacity() {
-            let wanted = capacity(length + beyond.len(), limit);
-            self.bytes.reserve_exact(wanted - length);
-        }
         self.bytes.extend_from_slice(beyond);
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(reservation) = self.reservation.take() {
+            self.pool.put(std::mem::take(&mut self.bytes), reservation);
+        }
     }
 }
 

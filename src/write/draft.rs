@@ -456,7 +456,7 @@ impl State {
         let new_end = at + data.len() as u64;
         self.note_change();
         match self.chunks.get_mut(&index) {
-            Some(chunk) => match chunk.write(&writer.memory, relative, data, whole) {
+            Some(chunk) => match chunk.write(&writer.room, relative, data, whole) {
                 Ok(()) => {}
                 Err(Refusal::Gap(gap)) => {
                     return Some(Refusal::Gap(
@@ -465,7 +465,7 @@ impl State {
                 }
                 Err(refusal) => return Some(refusal),
             },
-            None => match Chunk::new(&writer.memory, relative, data, whole) {
+            None => match Chunk::new(&writer.room, relative, data, whole) {
                 Some(chunk) => {
                     self.chunks.insert(index, chunk);
                 }
@@ -508,7 +508,7 @@ impl State {
         }
         let piece = &data[(part.start - range.start) as usize..(part.end - range.start) as usize];
         chunk
-            .write(&writer.memory, part.start, piece, bounds.end - bounds.start)
+            .write(&writer.room, part.start, piece, bounds.end - bounds.start)
             .err()
     }
 

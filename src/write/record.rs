@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::chunk::{Chunk, Data, DiskCopy};
+use super::chunk::{Data, DiskCopy};
 use super::draft::{Draft, State};
 use super::error::WriteError;
 use super::journal::{Base, Begin, ChunkRecord, Destination, Journal, Manifest, Record, now};
@@ -37,8 +37,9 @@ impl Draft {
         durable: bool,
     ) -> Result<bool, WriteError> {
         for _ in 0..ATTEMPTS {
-            for index in self.unsafe_chunks() {
-                if !self.copy_to_disk(index).await? {
+            // The last first: meanwhile the store may get the others.
+            for index in self.unsafe_chunks().into_iter().rev() {
+                if self.is_unsafe(index) && !self.copy_to_disk(index).await? {
                     return Ok(false);
                 }
             }
@@ -81,13 +82,12 @@ impl Draft {
     /// Chunks that a killed process would lose.
     fn unsafe_chunks(&self) -> Vec<u32> {
         let state = self.state.lock();
-        let lost = |(index, chunk): (&u32, &Chunk)| {
-            let part = state.part(*index);
-            let safe = chunk.is_sent(part.end - part.start)
-                || chunk.on_disk().is_some() && chunk.crc32c.is_some();
-            (!safe && !matches!(chunk.data, Data::GivenUp)).then_some(*index)
-        };
-        state.chunks.iter().filter_map(lost).collect()
+        let chunks = state.chunks.keys().copied();
+        chunks.filter(|index| state.is_unsafe(*index)).collect()
+    }
+
+    fn is_unsafe(&self, index: u32) -> bool {
+        self.state.lock().is_unsafe(index)
     }
 
     /// Puts a copy of chunk `index` on disk, with its checksum known; false when there is no room.
@@ -180,6 +180,17 @@ impl Draft {
 }
 
 impl State {
+    /// Whether a killed process would lose chunk `index`.
+    fn is_unsafe(&self, index: u32) -> bool {
+        let Some(chunk) = self.chunks.get(&index) else {
+            return false;
+        };
+        let part = self.part(index);
+        let on_disk = chunk.on_disk().is_some() && chunk.crc32c.is_some();
+        let safe = on_disk || chunk.is_sent(part.end - part.start);
+        !safe && !matches!(chunk.data, Data::GivenUp)
+    }
+
     /// Appends to the journal, if there is one.
     pub(super) fn note(&mut self, record: &Record) {
         let Some(journal) = &self.journal else {
