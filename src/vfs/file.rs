@@ -19,7 +19,8 @@ pub struct File {
 
 #[derive(Debug, Default)]
 pub struct FileState {
-    /// What the store has under the file's name.
+    /// What the store has under the file's name: a version of this file or, as long as none of
+    /// it was stored, the object of the file it replaced.
     pub published: Option<FileInfo>,
     pub draft: Option<Arc<Draft>>,
     /// The reader of the published version that is open, shared by all handles.
@@ -32,6 +33,8 @@ pub struct FileState {
     pub publishing: usize,
     /// Set by `utimens`, or by a write.
     pub modified: Option<SystemTime>,
+    /// Removed or replaced: nothing of it will be published any more.
+    pub unlinked: bool,
     /// The version whose pages the kernel may hold.
     pub kernel_version: Option<u64>,
 }

@@ -115,6 +115,7 @@ impl Vfs {
         let handle = self.handles.add_file(handle);
         if access.write && access.truncate {
             self.draft(&file, &target).truncate_at_open()?;
+            file.state().modified = Some(SystemTime::now());
         }
         Ok(Opened {
             handle,
@@ -164,6 +165,9 @@ impl Vfs {
             Some(base) => Draft::over(&self.writer, target.clone(), base),
             None => Draft::new(&self.writer, target.clone()),
         };
+        if state.unlinked {
+            draft.keep_local();
+        }
         state.draft = Some(Arc::clone(&draft));
         state.reader = None;
         state.kernel_version = None;
@@ -224,6 +228,7 @@ impl Vfs {
             return Ok(self.finish_create(&mut tree, inode, other, access));
         }
         let inode = tree.insert(parent, text, Kind::File(Arc::clone(&file)), now);
+        tree.touch_directory(parent, now);
         Ok(self.finish_create(&mut tree, inode, file, access))
     }
 
