@@ -168,3 +168,18 @@ fn a_close_that_has_to_fetch_a_whole_part_does_not_wait_for_other_writers_memory
     assert!(lab.stored("f").unwrap() == data);
     drop(others);
 }
+
+#[test]
+fn a_file_is_there_at_every_moment_of_its_publication() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    for index in 0..100 {
+        let path = mount.at(&format!("f{index}"));
+        drop(File::create(&path).unwrap());
+        for _ in 0..20 {
+            // The kernel asks again for a name that is to be made exclusively.
+            let again = OpenOptions::new().write(true).create_new(true).open(&path);
+            assert_eq!(errno(again), libc::EEXIST);
+        }
+    }
+}

@@ -31,6 +31,9 @@ pub struct FileState {
     pub writers: usize,
     /// Publications under way that no caller waits for.
     pub publishing: usize,
+    /// It is on its way into the store, or there and not yet known to be: until the directory
+    /// knows, its name counts as unpublished.
+    pub storing: bool,
     /// Set by `utimens`, or by a write.
     pub modified: Option<SystemTime>,
     /// Removed or replaced: nothing of it will be published any more.
@@ -65,11 +68,8 @@ impl File {
 
     /// Whether the store lacks something of it.
     pub fn is_dirty(&self) -> bool {
-        self.state
-            .lock()
-            .draft
-            .as_ref()
-            .is_some_and(|draft| draft.is_dirty())
+        let state = self.state.lock();
+        state.storing || state.draft.as_ref().is_some_and(|draft| draft.is_dirty())
     }
 
     /// Bytes and time of last change, as `stat` shows them.

@@ -434,9 +434,20 @@ impl Vfs {
     /// Publishes a file under the name it has, and notes what the store now has there.
     pub(super) async fn publish(&self, inode: Inode, file: &Arc<File>) -> VfsResult<()> {
         let _moving = file.moving.lock().await;
-        let Some(draft) = file.state().draft.clone() else {
-            return Ok(());
+        let draft = {
+            let mut state = file.state();
+            state.storing = state.draft.as_ref().is_some_and(|draft| draft.is_dirty());
+            state.draft.clone()
         };
+        let outcome = match draft {
+            Some(draft) => self.publish_draft(inode, file, &draft).await,
+            None => Ok(()),
+        };
+        file.state().storing = false;
+        outcome
+    }
+
+    async fn publish_draft(&self, inode: Inode, file: &File, draft: &Arc<Draft>) -> VfsResult<()> {
         let Some(stored) = draft.publish().await? else {
             return Ok(());
         };
