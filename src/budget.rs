@@ -88,6 +88,11 @@ impl Budget {
         self.reclaimers.lock().push(reclaimer);
     }
 
+    /// Something came to be that can be given up: who waits for bytes looks again.
+    pub fn note_reclaimable(&self) {
+        self.freed.notify_waiters();
+    }
+
     pub fn limit(&self) -> u64 {
         self.limit
     }

@@ -58,6 +58,25 @@ fn many_files_at_once_share_the_memory_by_spilling() {
 }
 
 #[test]
+fn a_renamed_file_with_given_up_parts_takes_nothing_from_a_new_one_at_its_old_name() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(NARROW);
+    let data = noise(60 * PART);
+    let mut file = File::create(mount.at("old")).unwrap();
+    file.write_all(&data).unwrap();
+    std::fs::rename(mount.at("old"), mount.at("new")).unwrap();
+    std::fs::write(mount.at("old"), b"another").unwrap();
+    // Its parts belong to an upload under the old name, where it no longer may go.
+    assert_eq!(close(file), libc::ESTALE);
+    assert_eq!(lab.stored("old").unwrap(), b"another");
+    std::fs::remove_file(mount.at("old")).unwrap();
+    std::fs::write(mount.path.join(".mlfs/drain"), b"now").unwrap();
+    harness::wait_until("it to be stored", || lab.stored("new").is_some());
+    assert!(lab.stored("new").unwrap() == data);
+    assert_eq!(lab.stored("old"), None);
+}
+
+#[test]
 fn a_part_that_gave_up_its_local_copy_is_enospc_to_read_or_write_and_never_wrong_bytes() {
     let lab = Lab::new();
     let mount = lab.mount_with(NARROW);

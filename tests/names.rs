@@ -353,3 +353,37 @@ fn a_run_in_a_store_that_is_not_served_says_so_when_it_is_entered() {
     );
     lab.expect_log("hdfs");
 }
+
+#[test]
+fn making_and_moving_names_changes_the_time_of_their_directory_and_emptying_that_of_a_file() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let past = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    let set_back = |path: &str| {
+        let file = fs::File::open(mount.at(path)).unwrap();
+        file.set_modified(past).unwrap();
+        assert_eq!(
+            fs::metadata(mount.at(path)).unwrap().modified().unwrap(),
+            past
+        );
+    };
+    let moved_on = |path: &str| {
+        let modified = fs::metadata(mount.at(path)).unwrap().modified().unwrap();
+        assert!(modified > past, "{path} still shows its old time");
+    };
+    fs::create_dir(mount.at("d")).unwrap();
+    fs::create_dir(mount.at("e")).unwrap();
+    set_back("d");
+    fs::write(mount.at("d/f"), b"x").unwrap();
+    moved_on("d");
+    set_back("d");
+    fs::create_dir(mount.at("d/below")).unwrap();
+    moved_on("d");
+    set_back("e");
+    fs::rename(mount.at("d/f"), mount.at("e/f")).unwrap();
+    moved_on("e");
+    set_back("e/f");
+    let emptied = fs::File::create(mount.at("e/f")).unwrap();
+    moved_on("e/f");
+    drop(emptied);
+}

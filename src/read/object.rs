@@ -239,6 +239,8 @@ impl ObjectReader {
                 .run(reader, &source, this.content, reservation, asked)
                 .await;
             drop(permit);
+            // The blocks are in the cache now, and can be given up for others.
+            this.reader.budget.note_reclaimable();
             // Out of the table first: who plans anew must not meet a fetch that has failed.
             this.state.lock().fetches.remove(&fetch.blocks.start);
             if let Err(error) = outcome {

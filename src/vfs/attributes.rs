@@ -94,7 +94,11 @@ impl Vfs {
                 mode: permissions,
                 uid: self.options.uid,
                 gid: self.options.gid,
-                links: if kind == FileKind::Directory { 2 } else { 1 },
+                links: match kind {
+                    _ if node.unlinked => 0,
+                    FileKind::Directory => 2,
+                    FileKind::Regular => 1,
+                },
                 preferred_block: PREFERRED_BLOCK,
             },
             ttl,

@@ -19,7 +19,8 @@ pub struct File {
 
 #[derive(Debug, Default)]
 pub struct FileState {
-    /// What the store has under the file's name.
+    /// What the store has under the file's name: a version of this file or, as long as none of
+    /// it was stored, the object of the file it replaced.
     pub published: Option<FileInfo>,
     pub draft: Option<Arc<Draft>>,
     /// The reader of the published version that is open, shared by all handles.
@@ -30,8 +31,13 @@ pub struct FileState {
     pub writers: usize,
     /// Publications under way that no caller waits for.
     pub publishing: usize,
+    /// It is on its way into the store, or there and not yet known to be: until the directory
+    /// knows, its name counts as unpublished.
+    pub storing: bool,
     /// Set by `utimens`, or by a write.
     pub modified: Option<SystemTime>,
+    /// Removed or replaced: nothing of it will be published any more.
+    pub unlinked: bool,
     /// The version whose pages the kernel may hold.
     pub kernel_version: Option<u64>,
 }
@@ -62,11 +68,8 @@ impl File {
 
     /// Whether the store lacks something of it.
     pub fn is_dirty(&self) -> bool {
-        self.state
-            .lock()
-            .draft
-            .as_ref()
-            .is_some_and(|draft| draft.is_dirty())
+        let state = self.state.lock();
+        state.storing || state.draft.as_ref().is_some_and(|draft| draft.is_dirty())
     }
 
     /// Bytes and time of last change, as `stat` shows them.

@@ -112,6 +112,7 @@ impl Vfs {
         let handle = self.handles.add_file(handle);
         if access.write && access.truncate {
             self.draft(&file, &target).truncate_at_open()?;
+            file.state().modified = Some(SystemTime::now());
         }
         Ok(Opened {
             handle,
@@ -161,6 +162,9 @@ impl Vfs {
             Some(base) => Draft::over(&self.writer, target.clone(), base),
             None => Draft::new(&self.writer, target.clone()),
         };
+        if state.unlinked {
+            draft.keep_local();
+        }
         state.draft = Some(Arc::clone(&draft));
         state.reader = None;
         state.kernel_version = None;
@@ -217,6 +221,7 @@ impl Vfs {
             return Ok(self.finish_create(&mut tree, inode, other, access));
         }
         let inode = tree.insert(parent, text, Kind::File(Arc::clone(&file)), now);
+        tree.touch_directory(parent, now);
         Ok(self.finish_create(&mut tree, inode, file, access))
     }
 
@@ -421,9 +426,20 @@ impl Vfs {
     /// Publishes a file under the name it has, and notes what the store now has there.
     pub(super) async fn publish(&self, inode: Inode, file: &Arc<File>) -> VfsResult<()> {
         let _moving = file.moving.lock().await;
-        let Some(draft) = file.state().draft.clone() else {
-            return Ok(());
+        let draft = {
+            let mut state = file.state();
+            state.storing = state.draft.as_ref().is_some_and(|draft| draft.is_dirty());
+            state.draft.clone()
         };
+        let outcome = match draft {
+            Some(draft) => self.publish_draft(inode, file, &draft).await,
+            None => Ok(()),
+        };
+        file.state().storing = false;
+        outcome
+    }
+
+    async fn publish_draft(&self, inode: Inode, file: &File, draft: &Arc<Draft>) -> VfsResult<()> {
         let Some(stored) = draft.publish().await? else {
             return Ok(());
         };

@@ -28,7 +28,9 @@ impl Vfs {
             return Err(VfsError::EXISTS);
         }
         let kind = Kind::Directory(Arc::default());
-        let inode = tree.insert(parent, name, kind, SystemTime::now());
+        let now = SystemTime::now();
+        let inode = tree.insert(parent, name, kind, now);
+        tree.touch_directory(parent, now);
         if let Some(node) = tree.get_mut(inode) {
             node.local = true;
         }
@@ -144,6 +146,7 @@ impl Vfs {
         let draft = {
             let mut state = file.state();
             state.published = None;
+            state.unlinked = true;
             state.draft.clone()
         };
         if let Some(draft) = draft {

@@ -6,6 +6,7 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::MutexGuard;
@@ -90,7 +91,7 @@ impl Vfs {
             None => None,
         };
         match self.kind(inode)? {
-            Kind::File(file) => self.rename_file(&file, replaced, &from, &to).await,
+            Kind::File(file) => self.rename_file((inode, &file), replaced, &from, &to).await,
             Kind::Directory(_) => self.rename_directory(inode, replaced, &from, &to).await,
             _ => Err(VfsError::NOT_PERMITTED),
         }
@@ -98,41 +99,58 @@ impl Vfs {
 
     async fn rename_file(
         &self,
-        file: &Arc<File>,
+        (inode, file): (Inode, &Arc<File>),
         replaced: Option<(Inode, Kind)>,
         from: &End<'_>,
         to: &End<'_>,
     ) -> VfsResult<()> {
         let replaced = match replaced {
             None => None,
-            Some((_, Kind::File(other))) => Some(other),
+            Some((other, Kind::File(file))) => Some((other, file)),
             Some(_) => return Err(VfsError::IS_DIRECTORY),
         };
-        let _moving = file.moving.lock().await;
-        let published = file.state().published.clone();
-        let moved = match &published {
-            Some(info) => Some(self.move_published(file, info, from, to).await?),
-            None => None,
+        // Neither is published meanwhile; locked in one order, as for directories.
+        let mut both: Vec<(Inode, &Arc<File>)> = vec![(inode, file)];
+        both.extend(replaced.as_ref().map(|(other, file)| (*other, file)));
+        both.sort_by_key(|(inode, _)| *inode);
+        let mut moving: Vec<MutexGuard<'_, ()>> = Vec::with_capacity(both.len());
+        for (_, file) in both {
+            moving.push(file.moving.lock().await);
+        }
+        let (published, draft) = {
+            let state = file.state();
+            (state.published.clone(), state.draft.clone())
         };
-        let draft = file.state().draft.clone();
+        let own = draft.as_ref().is_none_or(|draft| draft.was_stored());
+        match &published {
+            Some(info) if own => self.move_published(file, info, from, to).await?,
+            Some(_) => self.delete_covered(file, from).await?,
+            None => {}
+        }
         if let Some(draft) = draft {
             draft.retarget(to.target()).await;
         }
-        if let Some(other) = replaced {
-            self.detach(&other).await;
-        }
-        {
-            let mut changed = to.place.directory.names.lock();
-            if let Some(info) = moved {
-                changed.change(to.name, Some(Entry::File(info)));
-            }
-        }
-        if published.is_some() {
-            from.place.directory.names.lock().change(from.name, None);
+        if let Some((_, other)) = &replaced {
+            let covered = other.state().published.clone();
+            self.detach(other).await;
+            let mut state = file.state();
+            // The object of the replaced file stays until this one takes its place.
+            state.published = state.published.take().or(covered);
         }
         let mut tree = self.tree.lock();
         tree.rename(from.place.inode, from.name, to.place.inode, to.name);
         keep_directory(&mut tree, from.place.inode);
+        tree.touch_directory(to.place.inode, SystemTime::now());
+        Ok(())
+    }
+
+    /// Under the old name is what a file left that this one replaced, unpublished: it goes.
+    async fn delete_covered(&self, file: &File, from: &End<'_>) -> VfsResult<()> {
+        let store = &from.place.location.store;
+        store.delete(&[from.key()]).await?;
+        let mut names = from.place.directory.names.lock();
+        names.change(from.name, None);
+        file.state().published = None;
         Ok(())
     }
 
@@ -143,13 +161,16 @@ impl Vfs {
         info: &FileInfo,
         from: &End<'_>,
         to: &End<'_>,
-    ) -> VfsResult<FileInfo> {
+    ) -> VfsResult<()> {
         let store = &from.place.location.store;
         let source = object(&from.key(), info);
         let moved = copy(store, &source, &to.key()).await?;
+        let entry = Entry::File(moved.clone());
+        to.place.directory.names.lock().change(to.name, Some(entry));
         store.delete(&[source.key]).await?;
+        from.place.directory.names.lock().change(from.name, None);
         self.repoint(file, store, &to.key(), &moved);
-        Ok(moved)
+        Ok(())
     }
 
     fn repoint(&self, file: &File, store: &Arc<dyn Store>, key: &str, moved: &FileInfo) {
@@ -220,6 +241,7 @@ impl Vfs {
         tree.rename(from.place.inode, from.name, to.place.inode, to.name);
         keep_directory(&mut tree, inode);
         keep_directory(&mut tree, from.place.inode);
+        tree.touch_directory(to.place.inode, SystemTime::now());
         Ok(())
     }
 

@@ -198,6 +198,15 @@ impl Tree {
         self.reap(parent);
     }
 
+    /// A name was made or taken away in the directory. A run shows the time the server tells.
+    pub fn touch_directory(&mut self, inode: Inode, now: SystemTime) {
+        if let Some(node) = self.nodes.get_mut(&inode)
+            && matches!(node.kind, Kind::Directory(_))
+        {
+            node.modified = now;
+        }
+    }
+
     pub fn add_lookup(&mut self, inode: Inode) {
         if let Some(node) = self.nodes.get_mut(&inode) {
             node.lookups += 1;

@@ -57,8 +57,6 @@ pub(super) struct Chunk {
     /// Rises with each change; unique within the draft.
     pub version: u64,
     pub sent: Option<Sent>,
-    /// A sender has it, or will have it soon.
-    pub queued: bool,
     /// When it was last written to, by the writer's clock.
     pub touched: u64,
     /// On disk too, for the journal, while the data is in memory.
@@ -115,7 +113,6 @@ impl Chunk {
             crc32c: Some(checksum::crc32c(data)),
             version: 0,
             sent: None,
-            queued: false,
             touched: 0,
             copy: None,
         })

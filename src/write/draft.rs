@@ -1,6 +1,6 @@
 //! A draft: a file that is being written and is not, or not yet again, an object.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::Writer;
-use super::chunk::{Chunk, Refusal};
+use super::chunk::{Chunk, Data, Refusal};
 use super::error::WriteError;
 use super::geometry::Geometry;
 use super::journal::{Journal, Record, now};
@@ -61,6 +61,9 @@ pub(super) struct State {
     pub size: u64,
     pub geometry: Geometry,
     pub chunks: BTreeMap<u32, Chunk>,
+    /// Parts that a sender has, or will have soon. A part's number outlives its chunk, which a
+    /// truncation may drop meanwhile: no two senders may fill the same part at once.
+    pub queued: BTreeSet<u32>,
     /// Rises with every change of size or content.
     pub generation: u64,
     /// Up to this generation nothing happened but opening, which may have emptied the file.
@@ -130,6 +133,7 @@ impl Draft {
             size,
             geometry: Geometry::new(writer.options.part_size, size),
             chunks: BTreeMap::new(),
+            queued: BTreeSet::new(),
             generation: 0,
             opened: 0,
             published,
@@ -182,6 +186,17 @@ impl Draft {
     pub fn is_dirty(&self) -> bool {
         let state = self.state.lock();
         !state.detached && state.published != Some(state.generation)
+    }
+
+    /// Whether the store has had a version of this file: what it was opened over, or what was
+    /// published since.
+    pub fn was_stored(&self) -> bool {
+        self.state.lock().published.is_some()
+    }
+
+    /// The file has lost its name before this draft began: nothing of it will be published.
+    pub fn keep_local(&self) {
+        self.state.lock().detached = true;
     }
 
     /// Whether anything was written to it since it was opened or last published. A file that was
@@ -312,17 +327,20 @@ impl Draft {
         let mut bytes = Vec::with_capacity((range.end - range.start) as usize);
         if let Some(base) = base {
             let end = range.end.min(limit);
-            if range.start < end {
-                let segments = base.read(range.start, end - range.start).await?;
+            let mut at = range.start;
+            while at < end {
+                let step = (end - at).min(BASE_STEP);
+                let segments = base.read(at, step).await?;
                 for piece in segments.pieces() {
                     bytes.extend_from_slice(piece);
                 }
-                if bytes.len() as u64 != end - range.start {
+                if segments.len() as u64 != step {
                     return Err(StoreError::Changed {
                         object: self.target().object(),
                     }
                     .into());
                 }
+                at += step;
             }
         }
         bytes.resize((range.end - range.start) as usize, 0);
@@ -380,6 +398,13 @@ impl Draft {
         if size == state.size {
             return Ok(());
         }
+        if let Some(range) = state.given_up_around(size) {
+            return Err(WriteError::GivenUp {
+                object: state.target.object(),
+                start: range.start,
+                end: range.end,
+            });
+        }
         if state.chunks.is_empty() && state.upload.is_none() {
             state.geometry = Geometry::new(self.writer.options.part_size, size);
         }
@@ -430,6 +455,10 @@ enum Step {
     Base(Arc<ObjectReader>, u64),
     Refused(Refusal),
 }
+
+/// Bytes of the base read at once. A read that is larger than what readers keep whatever writers
+/// hold would wait for memory that only this draft's publication can free.
+const BASE_STEP: u64 = 1 << 20;
 
 /// Longest piece of a read or a hole handled in one step, bytes.
 const LONGEST_STEP: u64 = 4 << 20;
@@ -535,6 +564,15 @@ impl State {
             }
             _ => Step::Zeros(end - range.start),
         }
+    }
+
+    /// The part that `size` would cut, if it is in the unfinished upload only: a part that was
+    /// sent can be left out, and not be made shorter.
+    fn given_up_around(&self, size: u64) -> Option<Range<u64>> {
+        let range = self.geometry.range(self.geometry.index(size));
+        let chunk = self.chunks.get(&self.geometry.index(size))?;
+        let cut = range.start < size && size < range.start + chunk.local.end;
+        (cut && matches!(chunk.data, Data::GivenUp)).then_some(range)
     }
 
     /// Bytes of the part that chunk `index` travels as.

@@ -66,6 +66,8 @@ impl Pool {
         }
         bytes.clear();
         self.kept.lock().push(Kept { bytes, reservation });
+        // Who waits for bytes can have these.
+        self.budget.note_reclaimable();
     }
 }
 
@@ -99,6 +101,20 @@ mod tests {
         drop(reservation);
         assert!(budget.try_reserve(Class::Read, 100).is_some());
         assert!(pool.take(40).is_none());
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_bytes_gets_those_of_a_buffer_put_here() {
+        let budget = Budget::plain(50);
+        let pool = Pool::new(Arc::clone(&budget), 40, 8);
+        let reservation = budget.try_reserve(Class::Write, 40).unwrap();
+        let waiter = tokio::spawn({
+            let budget = Arc::clone(&budget);
+            async move { budget.reserve(Class::Read, 30).await.bytes() }
+        });
+        tokio::task::yield_now().await;
+        pool.put(Vec::with_capacity(40), reservation);
+        assert_eq!(waiter.await.unwrap(), 30);
     }
 
     #[test]

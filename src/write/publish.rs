@@ -111,7 +111,9 @@ impl Draft {
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
         let (target, condition, single) = {
             let state = self.state.lock();
-            let single = state.upload.is_none() && snapshot.size <= state.geometry.range(0).end;
+            // An upload of no parts cannot be completed, begun or not.
+            let fits = state.upload.is_none() && snapshot.size <= state.geometry.range(0).end;
+            let single = fits || snapshot.size == 0;
             (state.target.clone(), state.condition(), single)
         };
         if single {
@@ -174,7 +176,8 @@ impl Draft {
         let begun = &upload.target;
         let renamed = begun.key != target.key;
         let condition = if renamed {
-            Condition::Always
+            // Under the old name it is only on its way: whatever came there meanwhile stays.
+            Condition::IfAbsent
         } else {
             condition
         };
@@ -182,6 +185,7 @@ impl Draft {
             .store
             .complete_multipart(&begun.key, &upload.id, &receipts, condition)
             .await?;
+        self.state.lock().upload = None;
         if stored.size != size {
             return Err(StoreError::Corrupt {
                 object: begun.object(),
@@ -230,10 +234,12 @@ impl Draft {
             let (action, range) = {
                 let state = self.state.lock();
                 let bounds = state.geometry.range(index);
-                (
-                    state.action(index, size),
-                    bounds.start..bounds.end.min(size),
-                )
+                let action = if state.queued.contains(&index) {
+                    Action::Wait
+                } else {
+                    state.action(index, size)
+                };
+                (action, bounds.start..bounds.end.min(size))
             };
             match action {
                 Action::Have(version, receipt) => return Ok(Some((index, version, receipt))),
@@ -304,7 +310,8 @@ impl Draft {
             size: snapshot.size,
         }));
         state.base_limit = snapshot.size.min(state.low_water);
-        state.upload = None;
+        // One that a sender began although all went in one PUT.
+        self.abandon_upload(&mut state);
         state.published = Some(snapshot.generation);
         state.failure = None;
         state
@@ -431,9 +438,6 @@ impl State {
             && let Some(sent) = &chunk.sent
         {
             return Action::Have(sent.version, sent.receipt.clone());
-        }
-        if chunk.queued {
-            return Action::Wait;
         }
         if matches!(chunk.data, Data::GivenUp) {
             return Action::GivenUp;

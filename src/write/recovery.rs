@@ -4,7 +4,7 @@
 //! Nothing here is sent without somebody's decision: [`Writer::leftovers`] tells what there is,
 //! [`Leftover::resume`] makes a draft of it again, [`Leftover::discard`] gives it up.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -265,6 +265,7 @@ impl Leftover {
             size: manifest.size,
             geometry: Geometry::of_first(manifest.part_size),
             chunks,
+            queued: BTreeSet::new(),
             generation: generation.unwrap_or(0) + 1,
             opened: 0,
             published: None,
@@ -425,7 +426,6 @@ fn chunk(record: &ChunkRecord, data: Data, receipt: Option<PartReceipt>) -> Chun
             version: record.version,
             receipt,
         }),
-        queued: false,
         touched: 0,
         copy: None,
     }

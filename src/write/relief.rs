@@ -67,7 +67,7 @@ impl Writer {
             for (index, chunk) in &state.chunks {
                 let range = state.part(*index);
                 let keeps = *index == 0 || Some(*index) == last;
-                let sent = !chunk.queued && chunk.is_sent(range.end - range.start);
+                let sent = !state.queued.contains(index) && chunk.is_sent(range.end - range.start);
                 if !keeps && sent && chunk.memory() > 0 && chunk.touched < oldest {
                     oldest = chunk.touched;
                     given = Some((Arc::clone(&draft), *index));
@@ -101,7 +101,7 @@ impl Writer {
         for draft in self.all_drafts() {
             let state = draft.state.lock();
             for (index, chunk) in &state.chunks {
-                if !chunk.queued && chunk.memory() > 0 && chunk.touched < oldest {
+                if !state.queued.contains(index) && chunk.memory() > 0 && chunk.touched < oldest {
                     oldest = chunk.touched;
                     candidate = Some((Arc::clone(&draft), *index));
                 }

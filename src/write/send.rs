@@ -87,13 +87,9 @@ pub(super) fn task_lost(draft: &Draft, error: &tokio::task::JoinError) -> WriteE
 impl Draft {
     /// Sends chunk `index`, which is full, in the background.
     pub(super) fn queue(self: &Arc<Self>, state: &mut State, index: u32) {
-        let Some(chunk) = state.chunks.get_mut(&index) else {
-            return;
-        };
-        if chunk.queued {
+        if !state.queued.insert(index) {
             return;
         }
-        chunk.queued = true;
         let length = {
             let range = state.geometry.range(index);
             range.end - range.start
@@ -107,10 +103,7 @@ impl Draft {
                     "part not sent in the background");
             }
             draft.writer.in_flight.fetch_sub(1, Ordering::Relaxed);
-            if let Some(chunk) = draft.state.lock().chunks.get_mut(&index) {
-                chunk.queued = false;
-            }
-            draft.sent.notify_waiters();
+            draft.sent_in_background(index);
         });
     }
 
@@ -124,7 +117,7 @@ impl Draft {
                 let range = geometry.range(**index);
                 let length = range.end - range.start;
                 chunk.local == (0..length)
-                    && !chunk.queued
+                    && !state.queued.contains(index)
                     && !matches!(chunk.data, Data::GivenUp)
                     && !chunk.is_sent(length)
             })
@@ -134,6 +127,19 @@ impl Draft {
             self.queue(state, *index);
         }
         full.len()
+    }
+
+    /// Nobody has part `index` in hand any more. An upload that was begun for it after all was
+    /// published, or unlinked, is of no use.
+    fn sent_in_background(&self, index: u32) {
+        {
+            let mut state = self.state.lock();
+            state.queued.remove(&index);
+            if state.detached || state.published == Some(state.generation) {
+                self.abandon_upload(&mut state);
+            }
+        }
+        self.sent.notify_waiters();
     }
 
     async fn send_in_background(
