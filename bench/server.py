@@ -75,4 +75,4 @@ def prepare(server, size):
     head = tensor_head()
     server.generate("m.safetensors", len(head) + 64 * 64 * MIB, head)
     for index in range(10_000):
-        server.put(f"many/f{index:05}", b"x")
+        server.generate(f"many/f{index:05}", 1)

@@ -117,7 +117,7 @@ impl Writer {
 
     /// What is not stored stays on disk when this process ends, for the next mount.
     pub fn keep(&self) {
-        self.spill.directory().keep();
+        self.spill.keep();
     }
 
     pub fn memory(&self) -> &Arc<Budget> {

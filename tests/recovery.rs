@@ -303,3 +303,118 @@ fn a_run_that_is_gone_keeps_its_bytes_and_says_so() {
     );
     assert_eq!(lab.s3.keys(BUCKET).len(), 0, "{PREFIX}");
 }
+
+#[test]
+fn what_was_taken_over_and_fails_again_is_kept_by_every_mount() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    kill_while_closing(&lab, &mount, "f", b"precious");
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    lab.s3.set_faults(1, vec![Rule::every(Kind::Put, refused)]);
+    for _ in 0..2 {
+        let next = lab.mount();
+        wait_until("it to fail", || {
+            let uploads = uploads(&next);
+            uploads.len() == 1 && uploads[0]["state"] == "failed"
+        });
+        let pid = next.pid();
+        // SAFETY: kill has no preconditions; the process is this test's own mount.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        harness::wait_for_end(pid);
+    }
+    lab.s3.set_faults(1, Vec::new());
+    let _last = lab.mount();
+    wait_until("the file to be stored", || lab.stored("f").is_some());
+    assert_eq!(lab.stored("f").unwrap(), b"precious");
+}
+
+#[test]
+fn what_is_written_while_an_older_file_of_that_name_is_being_sent_is_not_overwritten() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    kill_while_closing(&lab, &mount, "f", b"older");
+    lab.s3.hold(Kind::Put);
+    let next = lab.mount();
+    wait_until("the older to be sent", || {
+        lab.s3.stats().of(Kind::Put).requests == 2
+    });
+    // By somebody else, at the last moment.
+    lab.put("f", b"newer".as_slice());
+    lab.s3.release(Kind::Put);
+    wait_until("the older to give way", || {
+        let uploads = uploads(&next);
+        uploads.len() == 1 && uploads[0]["state"] == "failed"
+    });
+    assert_eq!(lab.stored("f").unwrap(), b"newer");
+    fs::write(next.path.join(".mlfs/discard"), "all").unwrap();
+    assert!(uploads(&next).is_empty());
+}
+
+#[test]
+fn of_two_versions_of_one_file_the_later_is_stored() {
+    let lab = Lab::new();
+    for content in [&b"first"[..], b"second"] {
+        let mount = lab.mount();
+        // The former version is kept from being sent, too.
+        kill_while_closing_held(&lab, &mount, "f", content);
+    }
+    lab.s3.release(Kind::Put);
+    let next = lab.mount();
+    wait_until("the later to be stored", || {
+        lab.stored("f").as_deref() == Some(b"second")
+    });
+    wait_until("the former to wait for a word", || {
+        let uploads = uploads(&next);
+        uploads.len() == 1 && uploads[0]["state"] == "left"
+    });
+    assert_eq!(lab.stored("f").unwrap(), b"second");
+}
+
+#[test]
+fn what_was_synchronised_is_there_whatever_was_written_since() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(b"synchronised").unwrap();
+    file.sync_all().unwrap();
+    file.write_all(b", and more").unwrap();
+    kill(&mount);
+    drop(file);
+    let next = lab.mount();
+    let id = uploads(&next)[0]["id"].as_str().unwrap().to_owned();
+    mlfs_uploads(&lab, &["retry", &id], &next);
+    assert_eq!(lab.stored("f").unwrap(), b"synchronised");
+}
+
+#[test]
+fn a_read_only_mount_leaves_what_is_left_to_others() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    kill_while_closing(&lab, &mount, "f", b"bytes");
+    let reader = lab.mount_with(&["--read-only"]);
+    assert!(uploads(&reader).is_empty());
+    let _writer = lab.mount();
+    wait_until("the file to be stored", || lab.stored("f").is_some());
+}
+
+/// A mount that is killed while a small file is being closed; the store never hears of it.
+fn kill_while_closing(lab: &Lab, mount: &Mount<'_>, name: &str, content: &[u8]) {
+    kill_while_closing_held(lab, mount, name, content);
+    lab.s3.release(Kind::Put);
+}
+
+fn kill_while_closing_held(lab: &Lab, mount: &Mount<'_>, name: &str, content: &[u8]) {
+    let closed = || {
+        let journals = journals(lab);
+        journals
+            .iter()
+            .filter(|journal| journal.contains("\"closed\":true"))
+            .count()
+    };
+    lab.s3.hold(Kind::Put);
+    let before = closed();
+    let writer = write_in_background(mount.at(name), content.to_vec());
+    wait_until("the close to be in the journal", || closed() > before);
+    kill(mount);
+    writer.join().unwrap();
+}

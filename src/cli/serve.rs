@@ -100,7 +100,11 @@ pub(super) fn run(
         let _inside = runtime.enter();
         Signals::new()?
     };
-    vfs.take_over();
+    // Whatever way this ends: what is not stored stays on disk.
+    let _keep = KeepFiles(Arc::clone(&vfs));
+    if !config.read_only {
+        vfs.take_over();
+    }
     let mounted = mount(Arc::clone(&vfs), runtime.handle(), &options).map_err(|error| {
         let shown = config.mountpoint.display();
         anyhow!("mount point {shown}: {error}; choose an empty directory of your own")
@@ -115,12 +119,21 @@ pub(super) fn run(
         );
         signals.end.notify_one();
     }
-    runtime.spawn({
+    if !config.read_only {
         let vfs = Arc::clone(&vfs);
-        async move { vfs.recover().await }
-    });
+        runtime.spawn(async move { vfs.recover().await });
+    }
     let served = runtime.block_on(serve(&vfs, mounted, &mut signals, &config.spill_dir));
     told.and(served)
+}
+
+/// Sees to it that no file of the spill directory is removed by whoever lets go of it last.
+struct KeepFiles(Arc<Vfs>);
+
+impl Drop for KeepFiles {
+    fn drop(&mut self) {
+        self.0.keep_files();
+    }
 }
 
 /// What tells a mount to end.

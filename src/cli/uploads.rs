@@ -74,9 +74,16 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     match &arguments.action {
         Action::List { json } => show(&list()?, *json),
         Action::Retry { ids } => {
-            let named = named(ids);
-            ask::retry(&path, &named, patience).map_err(told)?;
-            wait(&named, list)
+            let waiting = list()?.into_iter().filter(UploadStatus::waits_for_a_word);
+            let meant: Vec<String> = match ids.as_slice() {
+                [] => waiting.map(|upload| upload.id).collect(),
+                ids => ids.to_vec(),
+            };
+            if meant.is_empty() {
+                return Ok(());
+            }
+            ask::retry(&path, &meant, patience).map_err(told)?;
+            wait(&meant, list)
         }
         Action::Discard { ids, .. } => ask::discard(&path, &named(ids), patience).map_err(told),
     }
@@ -95,7 +102,7 @@ fn wait(
     ids: &[String],
     list: impl Fn() -> anyhow::Result<Vec<UploadStatus>>,
 ) -> anyhow::Result<()> {
-    let meant = |upload: &UploadStatus| ids.contains(&upload.id) || ids == ["all"];
+    let meant = |upload: &UploadStatus| ids.contains(&upload.id);
     loop {
         let uploads: Vec<UploadStatus> = list()?.into_iter().filter(meant).collect();
         let moving = |upload: &&UploadStatus| upload.state == "uploading";

@@ -29,6 +29,7 @@ impl Vfs {
             }
         }
         self.send_resumed();
+        self.recover_more();
     }
 
     /// Puts what is not stored on disk, where the next mount goes on with it. Returns the paths of
@@ -45,7 +46,12 @@ impl Vfs {
                 lost.push((self.path(inode), error.to_string()));
             }
         }
-        self.writer.keep();
+        self.keep_files();
         lost
+    }
+
+    /// Files of the spill directory stay from now on, whoever lets go of them.
+    pub fn keep_files(&self) {
+        self.writer.keep();
     }
 }

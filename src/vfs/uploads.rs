@@ -4,7 +4,7 @@
 //! whose writer had closed it is sent; anything else waits for a word: one that was never closed,
 //! one whose run is gone, one in whose place something newer stands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -14,7 +14,7 @@ use super::Vfs;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::tree::{Inode, Order};
-use crate::store::{Store, StoreError};
+use crate::store::StoreError;
 use crate::write::{Draft, Leftover, ResumeError};
 
 /// An upload that is not done, as people see it.
@@ -66,19 +66,40 @@ impl Vfs {
         }
     }
 
-    /// Sends what was taken over and can be sent without anybody's word.
+    /// Sends what was taken over and can be sent without anybody's word. Of several files that were
+    /// to have one name, only the one that was closed last.
     pub async fn recover(self: &Arc<Self>) {
-        let ids: Vec<String> = self.uploads.former.lock().keys().cloned().collect();
-        for id in ids {
-            self.resume(&id, false).await;
+        let mut found: Vec<(String, String, Option<u64>)> = {
+            let former = self.uploads.former.lock();
+            let found = former.iter().filter_map(|(id, former)| match former {
+                Former::Found(leftover) => {
+                    let name = format!("{}/{}", leftover.store(), leftover.key());
+                    Some((id.clone(), name, leftover.closed_at()))
+                }
+                _ => None,
+            });
+            found.collect()
+        };
+        found.sort_by_key(|(_, _, closed)| std::cmp::Reverse(*closed));
+        let mut names = HashSet::new();
+        for (id, name, closed) in found {
+            if closed.is_some() && !names.insert(name) {
+                self.uploads
+                    .hold(&id, "a later version of the same file was left too");
+            } else {
+                self.resume(&id, false).await;
+            }
         }
     }
 
     /// Goes on with what a former mount left; `told` means whatever stands in its place.
     async fn resume(self: &Arc<Self>, id: &str, told: bool) {
-        let Some(leftover) = self.uploads.take(id) else {
-            return;
-        };
+        if let Some(leftover) = self.uploads.take(id) {
+            self.go_on(id, leftover, told).await;
+        }
+    }
+
+    async fn go_on(self: &Arc<Self>, id: &str, leftover: Leftover, told: bool) {
         let outcome = self.try_resume(leftover, told).await;
         match outcome {
             Ok(Some(draft)) => {
@@ -109,6 +130,7 @@ impl Vfs {
         told: bool,
     ) -> Result<Option<Arc<Draft>>, (Leftover, String)> {
         match leftover.obstacle() {
+            _ if leftover.is_discarded() => {}
             None => {}
             Some(ResumeError::Unclosed) if told => {}
             Some(error) => return Err((leftover, error.to_string())),
@@ -122,43 +144,43 @@ impl Vfs {
             Ok(location) => location.store,
             Err(error) => return Err((leftover, error.to_string())),
         };
-        match self.stands(&leftover, &store, told).await {
-            Ok(Stands::Itself) => {
-                let (id, path) = (leftover.id().to_owned(), leftover.path().to_owned());
-                tracing::info!(id, path, "the store had it already");
-                if let Err(error) = leftover.discard(&store).await {
-                    tracing::warn!(id, path, %error, "what is left of its upload stays");
-                }
-                return Ok(None);
-            }
-            Ok(Stands::Newer) => {
-                let reason = "something newer stands in its place: retry to overwrite it, or \
-                              discard this"
-                    .to_owned();
-                return Err((leftover, reason));
-            }
-            Ok(Stands::Nothing) => {}
+        if leftover.is_discarded() {
+            return match leftover.discard(&store).await {
+                Ok(()) => Ok(None),
+                Err((leftover, error)) => Err((leftover, format!("discarded, but {error}"))),
+            };
+        }
+        let standing = match leftover.standing(&store).await {
+            Ok(standing) => standing,
             Err(error) => return Err((leftover, error.to_string())),
+        };
+        if let Some(meta) = &standing {
+            match leftover.is_stored(&store, meta).await {
+                Ok(true) => {
+                    tracing::info!(id = leftover.id(), path = leftover.path(), "stored already");
+                    return match leftover.discard(&store).await {
+                        Ok(()) => Ok(None),
+                        Err((leftover, error)) => {
+                            Err((leftover, format!("stored already, but {error}")))
+                        }
+                    };
+                }
+                Ok(false) if !told && leftover.is_overtaken_by(meta) => {
+                    let reason = "something newer stands in its place: retry to overwrite it, or \
+                                  discard this";
+                    return Err((leftover, reason.to_owned()));
+                }
+                Ok(false) => {}
+                Err(error) => return Err((leftover, error.to_string())),
+            }
         }
-        let resumed = leftover.resume(&self.writer, &store).await;
-        resumed
-            .map(Some)
-            .map_err(|(leftover, error)| (leftover, error.to_string()))
-    }
-
-    async fn stands(
-        &self,
-        leftover: &Leftover,
-        store: &Arc<dyn Store>,
-        told: bool,
-    ) -> Result<Stands, StoreError> {
-        if leftover.is_stored(store).await? {
-            return Ok(Stands::Itself);
+        match leftover.resume(&self.writer, &store).await {
+            Ok(draft) => {
+                draft.replace_only(standing.and_then(|meta| meta.etag));
+                Ok(Some(draft))
+            }
+            Err((leftover, error)) => Err((leftover, error.to_string())),
         }
-        if !told && leftover.is_overtaken(store).await? {
-            return Ok(Stands::Newer);
-        }
-        Ok(Stands::Nothing)
     }
 
     /// Publishes what a former mount had not, in the background.
@@ -228,11 +250,10 @@ impl Vfs {
             self.begin_drain();
             return Ok(());
         }
-        // Another mount may have ended since this one began.
-        self.take_over();
         let text = String::from_utf8_lossy(text);
         let all = self.uploads();
         let named: Vec<&UploadStatus> = match text.trim() {
+            // What somebody can have been shown.
             "all" => all.iter().filter(|it| it.waits_for_a_word()).collect(),
             ids => {
                 let find = |id| all.iter().find(|upload| upload.id == id);
@@ -241,12 +262,16 @@ impl Vfs {
             }
         };
         for upload in named {
+            if !upload.waits_for_a_word() {
+                return Err(VfsError::BUSY);
+            }
             match order {
                 Order::Drain => {}
-                Order::Retry => self.retry(&upload.id).await?,
+                Order::Retry => self.retry(&upload.id),
                 Order::Discard => self.discard(&upload.id).await?,
             }
         }
+        self.recover_more();
         Ok(())
     }
 
@@ -258,23 +283,46 @@ impl Vfs {
         })
     }
 
-    async fn retry(self: &Arc<Self>, id: &str) -> VfsResult<()> {
+    /// Takes over what mounts left that ended since this one began.
+    pub(super) fn recover_more(self: &Arc<Self>) {
+        if self.options.read_only {
+            return;
+        }
+        self.take_over();
+        let vfs = Arc::clone(self);
+        self.runtime.spawn(async move { vfs.recover().await });
+    }
+
+    /// Sends one again, in the background; whatever stands in its place by now.
+    fn retry(self: &Arc<Self>, id: &str) {
         if let Some((inode, file)) = self.dirty_file(id) {
-            let idle = {
-                let state = file.state();
-                state.writers == 0 && state.publishing == 0
-            };
-            if idle {
-                self.publish_in_background(inode, file);
+            self.publish_in_background(inode, file);
+            return;
+        }
+        let (vfs, id) = (Arc::clone(self), id.to_owned());
+        match self.uploads.draft(&id) {
+            None => {
+                // At once, so that whoever looks sees it on its way.
+                let Some(leftover) = self.uploads.take(&id) else {
+                    return;
+                };
+                self.runtime
+                    .spawn(async move { vfs.go_on(&id, leftover, true).await });
             }
-            return Ok(());
+            Some(draft) => {
+                draft.forget_failure();
+                self.runtime.spawn(async move {
+                    let target = draft.target();
+                    match target.store.head(&target.key).await {
+                        Ok(meta) => draft.replace_only(meta.etag),
+                        Err(StoreError::NotFound { .. }) => draft.replace_only(None),
+                        // Then the former condition holds.
+                        Err(error) => tracing::debug!(id, %error, "not looked at"),
+                    }
+                    vfs.send(draft);
+                });
+            }
         }
-        let draft = self.uploads.draft(id);
-        match draft {
-            Some(draft) => self.send(draft),
-            None => self.resume(id, true).await,
-        }
-        Ok(())
     }
 
     async fn discard(self: &Arc<Self>, id: &str) -> VfsResult<()> {
@@ -297,25 +345,24 @@ impl Vfs {
             }
         };
         tracing::info!(id, path = leftover.path(), "discarded");
-        let outcome = leftover.discard(&store).await;
-        self.uploads.former.lock().remove(id);
-        Ok(outcome?)
+        match leftover.discard(&store).await {
+            Ok(()) => {
+                self.uploads.former.lock().remove(id);
+                Ok(())
+            }
+            Err((leftover, error)) => {
+                let reason = format!("discarded, but {error}");
+                self.uploads.put_back(leftover, reason);
+                Err(error.into())
+            }
+        }
     }
-}
-
-/// What stands under a leftover's name in the store.
-enum Stands {
-    /// Nothing that matters.
-    Nothing,
-    /// The very file.
-    Itself,
-    Newer,
 }
 
 impl UploadStatus {
     /// Whether nothing goes on with it by itself.
     pub fn waits_for_a_word(&self) -> bool {
-        matches!(self.state.as_str(), "failed" | "left" | "waiting")
+        matches!(self.state.as_str(), "failed" | "left")
     }
 }
 
@@ -378,6 +425,13 @@ impl Uploads {
                 *entry = other;
                 None
             }
+        }
+    }
+
+    /// Keeps a leftover until somebody says a word.
+    fn hold(&self, id: &str, reason: &str) {
+        if let Some(leftover) = self.take(id) {
+            self.put_back(leftover, reason.to_owned());
         }
     }
 

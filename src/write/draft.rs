@@ -12,9 +12,9 @@ use super::Writer;
 use super::chunk::{Chunk, Data, Refusal};
 use super::error::WriteError;
 use super::geometry::Geometry;
-use super::journal::{Journal, Record, now};
+use super::journal::{self, Journal, Record, now};
 use crate::read::{ObjectReader, Segments, Source};
-use crate::store::{Store, StoreError};
+use crate::store::{Condition, ETag, Store, StoreError};
 
 /// Where a draft is to be published.
 #[derive(Clone, Debug)]
@@ -78,12 +78,17 @@ pub(super) struct State {
     /// The file was unlinked: nothing of it will be published.
     pub detached: bool,
     pub failure: Option<String>,
+    /// What must stand under the name for a file without a base to take its place: that of a former
+    /// mount must not overwrite what came since.
+    pub guard: Option<Condition>,
     /// Begun with the first thing that a crash must not make anybody forget.
     pub journal: Option<Arc<Journal>>,
     /// The disk took no journal; it is not asked again.
     pub journal_failed: bool,
     /// The journal's last manifest is of the file as it is.
     pub recorded: bool,
+    /// That manifest says that the file is closed, and since when.
+    pub recorded_closed: bool,
 }
 
 /// A file that is being written.
@@ -141,9 +146,11 @@ impl Draft {
             sequential: true,
             detached: false,
             failure: None,
+            guard: None,
             journal: None,
             journal_failed: false,
             recorded: false,
+            recorded_closed: false,
         };
         Self::with_state(writer, new_id(), now(), state)
     }
@@ -430,9 +437,19 @@ impl Draft {
 
     /// The base has moved inside the store (its file was renamed).
     pub fn repoint_base(&self, to: Source) {
-        if let Some(base) = &self.state.lock().base {
-            base.repoint(to);
-        }
+        let mut state = self.state.lock();
+        let Some(base) = state.base.clone() else {
+            return;
+        };
+        let limit = state.base_limit;
+        state.note(&Record::Moved(journal::Base::of(&to, limit)));
+        base.repoint(to);
+    }
+
+    /// Only what stands under its name now may be replaced by it: `None` for nothing.
+    pub fn replace_only(&self, standing: Option<ETag>) {
+        let guard = standing.map_or(Condition::IfAbsent, Condition::IfMatch);
+        self.state.lock().guard = Some(guard);
     }
 
     pub(super) fn given_up(&self, range: Range<u64>) -> WriteError {
@@ -464,8 +481,7 @@ const BASE_STEP: u64 = 1 << 20;
 const LONGEST_STEP: u64 = 4 << 20;
 
 impl State {
-    /// The file is about to be another than the journal has it: told first, for a chunk on disk is
-    /// changed where it lies.
+    /// The file is another than the journal has it, or about to be.
     pub(super) fn note_change(&mut self) {
         if std::mem::take(&mut self.recorded) {
             self.note(&Record::Changed);
@@ -483,7 +499,11 @@ impl State {
         let relative = at - bounds.start;
         let whole = bounds.end - bounds.start;
         let new_end = at + data.len() as u64;
-        self.note_change();
+        let in_place = |chunk: &Chunk| matches!(chunk.data, Data::Spilled(_));
+        if self.chunks.get(&index).is_some_and(in_place) {
+            // Before the bytes change where they lie.
+            self.note_change();
+        }
         match self.chunks.get_mut(&index) {
             Some(chunk) => match chunk.write(&writer.room, relative, data, whole) {
                 Ok(()) => {}
@@ -501,6 +521,7 @@ impl State {
                 None => return Some(Refusal::Room),
             },
         }
+        self.note_change();
         self.generation += 1;
         self.sequential &= at == self.size || index == 0 || new_end >= self.size;
         self.size = self.size.max(new_end);

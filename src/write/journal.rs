@@ -14,6 +14,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::WriteError;
 use super::spill::SpillDirectory;
+use crate::read::Source;
 use crate::store::{ETag, PartReceipt, checksum};
 
 /// How the names of journals end.
@@ -56,6 +58,17 @@ pub struct Base {
     pub limit: u64,
 }
 
+impl Base {
+    pub(super) fn of(source: &Source, limit: u64) -> Self {
+        Self {
+            key: source.key.clone(),
+            etag: source.etag.as_ref().map(|etag| etag.as_str().to_owned()),
+            size: source.size,
+            limit,
+        }
+    }
+}
+
 /// A chunk: its run of local bytes, relative to the chunk's start, and where they are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChunkRecord {
@@ -74,7 +87,7 @@ pub struct ChunkRecord {
 pub struct Manifest {
     /// Whether its writer had closed it: only then is it sent without anybody's word.
     pub closed: bool,
-    /// When, in seconds since 1970.
+    /// When, in milliseconds since 1970.
     pub at: u64,
     /// Bytes.
     pub size: u64,
@@ -129,12 +142,16 @@ pub enum Record {
     },
     Part(Part),
     Manifest(Manifest),
-    /// The file was changed after its last manifest.
+    /// The file was changed after its last manifest, which is what it was before.
     Changed,
+    /// The object that the draft changes lies elsewhere by now.
+    Moved(Base),
     /// Why the last attempt to send it failed.
     Failed {
         reason: String,
     },
+    /// Nobody wants it any more; what is left of it is only to be removed.
+    Discarded,
 }
 
 /// A draft's journal, open for appending. The file is removed with it, unless the spill directory
@@ -144,6 +161,8 @@ pub(super) struct Journal {
     directory: Arc<SpillDirectory>,
     path: PathBuf,
     file: Mutex<File>,
+    /// Not removed with this value.
+    left: AtomicBool,
 }
 
 impl Journal {
@@ -159,6 +178,7 @@ impl Journal {
             directory: Arc::clone(directory),
             path,
             file: Mutex::new(file),
+            left: AtomicBool::new(false),
         })
     }
 
@@ -172,7 +192,13 @@ impl Journal {
             directory: Arc::clone(directory),
             path,
             file: Mutex::new(file),
+            left: AtomicBool::new(false),
         })
+    }
+
+    /// Lets go of it without removing it.
+    pub fn leave(self) {
+        self.left.store(true, Ordering::Relaxed);
     }
 
     pub fn append(&self, record: &Record) -> io::Result<()> {
@@ -182,8 +208,11 @@ impl Journal {
 
     /// Makes everything appended so far, and the files named in it, findable after a loss of power.
     pub fn synchronise(&self) -> Result<(), WriteError> {
-        let file = self.file.lock();
-        let synchronised = file.sync_data().and_then(|()| self.directory.synchronise());
+        // Outside of the lock: a sender that notes its part does not wait for the disk.
+        let file = self.file.lock().try_clone();
+        let synchronised = file
+            .and_then(|file| file.sync_data())
+            .and_then(|()| self.directory.synchronise());
         synchronised.map_err(|source| WriteError::Spill {
             path: self.path.display().to_string(),
             source,
@@ -193,7 +222,9 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        self.directory.remove(&self.path);
+        if !*self.left.get_mut() {
+            self.directory.remove(&self.path);
+        }
     }
 }
 
@@ -239,6 +270,7 @@ pub struct Replayed {
     /// The file as it last was, if that is known.
     pub manifest: Option<Manifest>,
     pub failure: Option<String>,
+    pub discarded: bool,
 }
 
 impl Replayed {
@@ -258,6 +290,7 @@ impl Replayed {
             parts: Vec::new(),
             manifest: None,
             failure: None,
+            discarded: false,
         };
         for record in records {
             match record {
@@ -275,8 +308,19 @@ impl Replayed {
                     replayed.manifest = Some(manifest);
                     replayed.failure = None;
                 }
-                Record::Changed => replayed.manifest = None,
+                Record::Changed => {
+                    if let Some(manifest) = &mut replayed.manifest {
+                        manifest.closed = false;
+                    }
+                }
+                Record::Moved(to) => {
+                    if let Some(base) = replayed.manifest.as_mut().and_then(|it| it.base.as_mut()) {
+                        let limit = base.limit;
+                        *base = Base { limit, ..to };
+                    }
+                }
                 Record::Failed { reason } => replayed.failure = Some(reason),
+                Record::Discarded => replayed.discarded = true,
             }
         }
         Some(replayed)
@@ -295,9 +339,14 @@ pub(super) fn id_of(name: &str) -> &str {
 
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
+    now_precisely() / 1000
+}
+
+/// Milliseconds since 1970.
+pub(super) fn now_precisely() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+        .map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]
@@ -361,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_sent_again_counts_once_and_a_change_takes_the_manifest_back() {
+    fn a_part_sent_again_counts_once_and_a_changed_file_is_not_closed() {
         let replayed = Replayed::from_records(records()).unwrap();
         assert_eq!(replayed.destination.key, "b\nwith a line break");
         let versions: Vec<_> = replayed
@@ -370,7 +419,7 @@ mod tests {
             .map(|part| (part.index, part.version))
             .collect();
         assert_eq!(versions, [(1, 2), (0, 3)]);
-        assert_eq!(replayed.manifest, None);
+        assert!(!replayed.manifest.unwrap().closed);
     }
 
     proptest! {

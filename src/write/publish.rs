@@ -18,7 +18,9 @@ use super::journal::Record;
 use super::send::Outgoing;
 use crate::budget::Class;
 use crate::read::Source;
-use crate::store::{Condition, ObjectMeta, PartReceipt, Payload, StoreError, Stored, checksum};
+use crate::store::{
+    Condition, ETag, ObjectMeta, PartReceipt, Payload, StoreError, Stored, checksum,
+};
 
 /// A publication is begun anew this often when the file is truncated under it.
 const ATTEMPTS: usize = 8;
@@ -168,6 +170,10 @@ impl Draft {
         let Some(parts) = parts? else {
             return Ok(None);
         };
+        if !self.state.lock().recorded {
+            // The disk had no room; by now it needs none.
+            let _ = self.append_manifest(true);
+        }
         let versions = parts
             .iter()
             .map(|(index, version, _)| (*index, *version))
@@ -186,24 +192,55 @@ impl Draft {
             .complete_multipart(&begun.key, &upload.id, &receipts, condition)
             .await?;
         self.state.lock().upload = None;
-        if stored.size != size {
-            return Err(StoreError::Corrupt {
-                object: begun.object(),
-                detail: format!("{} bytes stored of {size}", stored.size),
-            }
-            .into());
+        if !renamed {
+            return Ok(Some((stored, versions)));
         }
-        let stored = if renamed {
-            move_object(begun, target, &stored).await?
-        } else {
-            stored
-        };
-        Ok(Some((stored, versions)))
+        match move_object(begun, target, &stored).await {
+            Ok(stored) => Ok(Some((stored, versions))),
+            Err(error) => {
+                // The parts are spent: from here on the file lies over what they have become.
+                let mut state = self.state.lock();
+                self.rebase(&mut state, begun, size, stored.etag, &versions);
+                Err(error)
+            }
+        }
+    }
+
+    /// The content of the draft, at some moment, is an object now: `versions` of its chunks are
+    /// let go, what was written since stays.
+    fn rebase(
+        &self,
+        state: &mut State,
+        object: &Target,
+        size: u64,
+        etag: Option<ETag>,
+        versions: &Versions,
+    ) {
+        state.base = Some(self.writer.reader.open(Source {
+            store: Arc::clone(&object.store),
+            key: object.key.clone(),
+            etag,
+            size,
+        }));
+        state.base_limit = size.min(state.low_water);
+        state
+            .chunks
+            .retain(|index, chunk| versions.get(index) != Some(&chunk.version));
+        for chunk in state.chunks.values_mut() {
+            chunk.sent = None;
+        }
     }
 
     /// Writes down that the file is closed and where its bytes are, so that the next mount stores
     /// it if this one is killed. Where that cannot be done it is stored all the same.
     async fn record_close(self: &Arc<Self>) {
+        let written = {
+            let state = self.state.lock();
+            state.recorded && state.recorded_closed
+        };
+        if written {
+            return;
+        }
         if let Err(error) = self.record(true, false).await {
             tracing::warn!(object = self.target().object(), %error,
                 "not in the journal: a crash before it is stored would lose this file");
@@ -302,27 +339,27 @@ impl Draft {
     /// The snapshot is in the store: what it held locally is let go, what was written since stays.
     fn settle(&self, snapshot: Snapshot, stored: &Stored, versions: &Versions) {
         let mut state = self.state.lock();
-        let target = state.target.clone();
-        state.base = Some(self.writer.reader.open(Source {
-            store: target.store,
-            key: target.key,
-            etag: stored.etag.clone(),
-            size: snapshot.size,
-        }));
-        state.base_limit = snapshot.size.min(state.low_water);
+        let recorded = std::mem::take(&mut state.recorded);
+        // Before the chunks it names.
+        state.journal = None;
         // One that a sender began although all went in one PUT.
         self.abandon_upload(&mut state);
+        let target = state.target.clone();
+        self.rebase(
+            &mut state,
+            &target,
+            snapshot.size,
+            stored.etag.clone(),
+            versions,
+        );
         state.published = Some(snapshot.generation);
         state.failure = None;
-        state
-            .chunks
-            .retain(|index, chunk| versions.get(index) != Some(&chunk.version));
-        for chunk in state.chunks.values_mut() {
-            chunk.sent = None;
+        state.guard = None;
+        // What was written since, and made durable already, stays so.
+        if recorded && state.generation != snapshot.generation {
+            drop(state);
+            let _ = self.append_manifest(false);
         }
-        // What was written since begins a journal of its own.
-        state.journal = None;
-        state.recorded = false;
     }
 
     fn note_failure(&self, error: &WriteError) {
@@ -396,7 +433,7 @@ impl Draft {
     /// # Errors
     /// `NoRoom` when the spill has none for what is in memory only.
     pub async fn synchronise(self: &Arc<Self>) -> Result<(), WriteError> {
-        if !self.is_dirty() {
+        if !self.is_dirty() || self.synchronise_recorded().await? {
             return Ok(());
         }
         self.keep(false).await
@@ -410,7 +447,7 @@ impl State {
     /// A modification counts only over the version it started from; a new file wins always.
     fn condition(&self) -> Condition {
         let Some(base) = self.base.as_ref().filter(|_| self.base_limit > 0) else {
-            return Condition::Always;
+            return self.guard.clone().unwrap_or(Condition::Always);
         };
         let source = base.source();
         match source.etag {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::chunk::{Data, DiskCopy};
 use super::draft::{Draft, State};
 use super::error::WriteError;
-use super::journal::{Base, Begin, ChunkRecord, Destination, Journal, Manifest, Record, now};
+use super::journal::{
+    Base, Begin, ChunkRecord, Destination, Journal, Manifest, Record, now_precisely,
+};
 use super::send::task_lost;
 use super::spill::SpillFile;
 use crate::store::checksum;
@@ -14,7 +16,7 @@ use crate::store::checksum;
 const ATTEMPTS: usize = 4;
 
 /// What became of a manifest.
-enum Appended {
+pub(super) enum Appended {
     To(Arc<Journal>),
     /// There is no journal to append to, or no need.
     Nothing,
@@ -59,9 +61,23 @@ impl Draft {
         Ok(false)
     }
 
-    fn append_manifest(&self, closed: bool) -> Appended {
+    /// Makes durable what is written down already; false when the file is another by now.
+    pub(super) async fn synchronise_recorded(self: &Arc<Self>) -> Result<bool, WriteError> {
+        let journal = {
+            let state = self.state.lock();
+            state.journal.clone().filter(|_| state.recorded)
+        };
+        let Some(journal) = journal else {
+            return Ok(false);
+        };
+        self.synchronise_files().await?;
+        self.blocking(move || journal.synchronise()).await?;
+        Ok(true)
+    }
+
+    pub(super) fn append_manifest(&self, closed: bool) -> Appended {
         let mut state = self.state.lock();
-        if state.detached {
+        if state.detached || state.published == Some(state.generation) {
             return Appended::Nothing;
         }
         self.begin_journal(&mut state);
@@ -73,6 +89,7 @@ impl Draft {
             Some(journal) => {
                 let journal = Arc::clone(journal);
                 state.recorded = true;
+                state.recorded_closed = closed;
                 Appended::To(journal)
             }
             None => Appended::Nothing,
@@ -97,6 +114,9 @@ impl Draft {
             let Some(chunk) = state.chunks.get(&index) else {
                 return Ok(true);
             };
+            if matches!(chunk.data, Data::GivenUp) {
+                return Ok(true);
+            }
             let on_disk = chunk.on_disk().cloned();
             let file = match &on_disk {
                 Some(file) => Arc::clone(file),
@@ -123,7 +143,8 @@ impl Draft {
             && chunk.local == copy.local
         {
             chunk.crc32c = Some(crc32c);
-            if matches!(chunk.data, Data::Memory(_)) {
+            // Another copy may be named in a manifest by now: it stays.
+            if matches!(chunk.data, Data::Memory(_)) && chunk.on_disk().is_none() {
                 chunk.copy = Some(copy);
             }
         }
@@ -186,9 +207,12 @@ impl State {
             return false;
         };
         let part = self.part(index);
-        let on_disk = chunk.on_disk().is_some() && chunk.crc32c.is_some();
-        let safe = on_disk || chunk.is_sent(part.end - part.start);
-        !safe && !matches!(chunk.data, Data::GivenUp)
+        match (chunk.on_disk(), &chunk.data) {
+            // Bytes that cannot be checked are not taken back.
+            (Some(_), _) => chunk.crc32c.is_none(),
+            (None, Data::GivenUp) => false,
+            (None, _) => !chunk.is_sent(part.end - part.start),
+        }
     }
 
     /// Appends to the journal, if there is one.
@@ -215,7 +239,7 @@ impl State {
     }
 
     /// Where every byte is; `None` when some are in memory only.
-    fn manifest(&self, closed: bool) -> Option<Manifest> {
+    pub(super) fn manifest(&self, closed: bool) -> Option<Manifest> {
         let mut chunks = Vec::with_capacity(self.chunks.len());
         for (index, chunk) in &self.chunks {
             let part = self.part(*index);
@@ -233,18 +257,10 @@ impl State {
             });
         }
         let base = self.base.as_ref().filter(|_| self.base_limit > 0);
-        let base = base.map(|base| {
-            let source = base.source();
-            Base {
-                key: source.key,
-                etag: source.etag.map(|etag| etag.as_str().to_owned()),
-                size: source.size,
-                limit: self.base_limit,
-            }
-        });
+        let base = base.map(|base| Base::of(&base.source(), self.base_limit));
         Some(Manifest {
             closed,
-            at: now(),
+            at: now_precisely(),
             size: self.size,
             part_size: self.geometry.first(),
             base,

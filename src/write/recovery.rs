@@ -17,10 +17,10 @@ use super::Writer;
 use super::chunk::{Chunk, Data, Sent};
 use super::draft::{Draft, State, Target, Upload};
 use super::geometry::Geometry;
-use super::journal::{self, ChunkRecord, Journal, Manifest, Replayed};
+use super::journal::{self, ChunkRecord, Journal, Manifest, Record, Replayed};
 use super::spill::{SpillDirectory, SpillFile};
 use crate::read::Source;
-use crate::store::{ETag, PartReceipt, Store, StoreError, checksum};
+use crate::store::{ETag, ObjectMeta, PartReceipt, Store, StoreError, checksum};
 
 /// The store's clock may be behind ours by this much without an object passing for older.
 const CLOCK_SLACK: Duration = Duration::from_secs(2);
@@ -80,8 +80,15 @@ fn leftovers_in(directory: &Arc<SpillDirectory>, tracking: &str) -> io::Result<V
         let path = directory.path().join(name);
         let (records, _) = journal::read(&path)?;
         let Some(replayed) = Replayed::from_records(records) else {
-            // Torn before it said what it is of: nothing was sent, nothing was promised.
-            directory.remove(&path);
+            let torn = !std::fs::read(&path)?.contains(&b'\n');
+            if torn {
+                // Before it said what it is of: nothing was sent, nothing was promised.
+                directory.remove(&path);
+            } else {
+                tracing::warn!(journal = %path.display(),
+                    "not understood: it stays, with its chunks; is it another version's?");
+                chunks.remove(journal::id_of(name));
+            }
             continue;
         };
         if replayed.begin.tracking != tracking {
@@ -153,7 +160,7 @@ impl Leftover {
         }
     }
 
-    /// When its writer closed it, in seconds since 1970; `None` if that did not happen.
+    /// When its writer closed it, in milliseconds since 1970; `None` if that did not happen.
     pub fn closed_at(&self) -> Option<u64> {
         let manifest = self.replayed.manifest.as_ref();
         manifest.filter(|it| it.closed).map(|it| it.at)
@@ -274,9 +281,11 @@ impl Leftover {
             held: false,
             detached: false,
             failure: self.replayed.failure.clone(),
+            guard: None,
             journal: Some(Arc::new(journal)),
             journal_failed: false,
             recorded: true,
+            recorded_closed: manifest.closed,
         }
     }
 
@@ -344,19 +353,30 @@ impl Leftover {
         Ok(None)
     }
 
-    /// Whether the store has it after all: its mount ended between the store's doing and its own
-    /// noting. Told by reading the object, for there may be another of that size.
+    /// What stands under its name now.
     ///
     /// # Errors
     /// The store's, other than that nothing is there.
-    pub async fn is_stored(&self, store: &Arc<dyn Store>) -> Result<bool, StoreError> {
+    pub async fn standing(&self, store: &Arc<dyn Store>) -> Result<Option<ObjectMeta>, StoreError> {
+        match store.head(self.key()).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether what stands there is this very file: its mount ended between the store's doing and
+    /// its own noting. Told by reading the object, for there may be another of that size.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn is_stored(
+        &self,
+        store: &Arc<dyn Store>,
+        meta: &ObjectMeta,
+    ) -> Result<bool, StoreError> {
         let Some(manifest) = &self.replayed.manifest else {
             return Ok(false);
-        };
-        let meta = match store.head(self.key()).await {
-            Ok(meta) => meta,
-            Err(StoreError::NotFound { .. }) => return Ok(false),
-            Err(error) => return Err(error),
         };
         if meta.size != manifest.size {
             return Ok(false);
@@ -386,27 +406,41 @@ impl Leftover {
         Ok(compared == manifest.size)
     }
 
-    /// Whether something else was put in its place after its writer had closed it.
-    ///
-    /// # Errors
-    /// The store's, other than that nothing is there.
-    pub async fn is_overtaken(&self, store: &Arc<dyn Store>) -> Result<bool, StoreError> {
+    /// Whether what stands there was put there after this file's writer had closed it.
+    pub fn is_overtaken_by(&self, meta: &ObjectMeta) -> bool {
         let Some(closed) = self.closed_at() else {
-            return Ok(false);
+            return false;
         };
-        match store.head(self.key()).await {
-            Ok(meta) => Ok(meta.modified.is_some_and(|modified| {
-                modified > UNIX_EPOCH + Duration::from_secs(closed) + CLOCK_SLACK
-            })),
-            Err(StoreError::NotFound { .. }) => Ok(false),
-            Err(error) => Err(error),
-        }
+        let closed = UNIX_EPOCH + Duration::from_millis(closed);
+        meta.modified
+            .is_some_and(|modified| modified > closed + CLOCK_SLACK)
+    }
+
+    /// Whether somebody has given it up, and not all of it is removed yet.
+    pub fn is_discarded(&self) -> bool {
+        self.replayed.discarded
     }
 
     /// Gives it up: its bytes are deleted, and its upload, if the store knows it.
-    pub async fn discard(self, store: &Arc<dyn Store>) -> Result<(), StoreError> {
-        if let Some((key, id)) = &self.replayed.upload {
-            store.abort_multipart(key, id).await?;
+    ///
+    /// # Errors
+    /// Gives the leftover back when its upload cannot be aborted.
+    pub async fn discard(self, store: &Arc<dyn Store>) -> Result<(), (Self, StoreError)> {
+        // Written down first: whatever comes between, it is not sent any more.
+        match Journal::reopen(&self.directory, self.journal.clone()) {
+            Ok(journal) => {
+                let noted = journal.append(&Record::Discarded);
+                journal.leave();
+                if let Err(error) = noted {
+                    tracing::warn!(id = self.id, %error, "not written down as discarded");
+                }
+            }
+            Err(error) => tracing::warn!(id = self.id, %error, "not written down as discarded"),
+        }
+        if let Some((key, id)) = &self.replayed.upload
+            && let Err(error) = store.abort_multipart(key, id).await
+        {
+            return Err((self, error));
         }
         for file in &self.files {
             self.directory.remove(&self.directory.path().join(file));

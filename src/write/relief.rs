@@ -86,7 +86,11 @@ impl Writer {
             .as_ref()
             .is_some_and(|sent| sent.version == chunk.version)
         {
-            let dropped = std::mem::replace(&mut chunk.data, Data::GivenUp);
+            let kept = match chunk.on_disk() {
+                Some(file) => Data::Spilled(Arc::clone(file)),
+                None => Data::GivenUp,
+            };
+            let dropped = std::mem::replace(&mut chunk.data, kept);
             drop(state);
             drop(dropped);
         }

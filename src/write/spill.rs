@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
@@ -30,6 +30,8 @@ pub(super) struct SpillDirectory {
 pub struct Spill {
     parent: PathBuf,
     directory: Arc<SpillDirectory>,
+    /// Folders taken over from former mounts.
+    adopted: Mutex<Vec<Weak<SpillDirectory>>>,
     budget: Arc<Budget>,
     next: AtomicU64,
 }
@@ -161,6 +163,7 @@ impl Spill {
         Ok(Arc::new(Self {
             parent: parent.to_owned(),
             directory: SpillDirectory::create(parent)?,
+            adopted: Mutex::default(),
             budget: Budget::plain(limit),
             next: AtomicU64::new(0),
         }))
@@ -174,18 +177,30 @@ impl Spill {
         &self.directory
     }
 
+    /// Files stay from now on, this mount's and those taken over, whoever lets go of them.
+    pub(super) fn keep(&self) {
+        self.directory.keep();
+        for directory in self.adopted.lock().iter().filter_map(Weak::upgrade) {
+            directory.keep();
+        }
+    }
+
     /// The folders of mounts that are gone, now this one's. Empty ones are removed on the way.
     pub(super) fn abandoned(&self) -> Vec<Arc<SpillDirectory>> {
         let Ok(entries) = std::fs::read_dir(&self.parent) else {
             return Vec::new();
         };
-        entries
+        let found: Vec<Arc<SpillDirectory>> = entries
             .flatten()
             .filter(|entry| entry.file_name().to_string_lossy().starts_with(MOUNT))
             .filter(|entry| entry.path() != self.directory.path)
             .filter_map(|entry| SpillDirectory::adopt(entry.path()))
             .filter(|directory| directory.names().is_ok_and(|names| !names.is_empty()))
-            .collect()
+            .collect();
+        let mut adopted = self.adopted.lock();
+        adopted.retain(|directory| directory.strong_count() > 0);
+        adopted.extend(found.iter().map(Arc::downgrade));
+        found
     }
 
     /// A number that no other file of this directory has in its name.
