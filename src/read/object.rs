@@ -18,11 +18,16 @@ use crate::store::StoreResult;
 /// Bytes of one prefetch request at most: long enough that the time to the first byte does not
 /// matter on a connection of 90 MB/s, short enough that 16 of them fit a small budget.
 const REQUEST_SIZE: u64 = 8 << 20;
+/// Requests that a window is cut into while they are small.
+const PIECES: u64 = 4;
 /// Bytes of one prefetch request at least, unless the window itself is smaller.
 const SMALL_REQUEST: u64 = 1 << 20;
 /// An object up to this size, bytes, is fetched whole at the first touch: its bytes cost less than
 /// a second round trip.
 const WHOLE_OBJECT: u64 = 512 * 1024;
+/// A read this close to the beginning of a tensor begins it, bytes: the C library copies each MiB of
+/// a mapping backwards, and the kernel reads ahead out of order.
+const BEGINNING: u64 = 2 << 20;
 /// A prefetch that failed is repeated by each reader that needs it, this often.
 const ATTEMPTS: usize = 2;
 
@@ -255,23 +260,31 @@ impl ObjectReader {
     fn run_ahead(self: &Arc<Self>, read: Range<u64>) {
         let mut state = self.state.lock();
         // The kernel reads whole pages: the first byte of a read may still be a neighbour's.
-        let bound = match &state.layout {
-            Layout::Known(extents) => extents
-                .containing(read.end - 1)
-                .map_or(self.size, |extent| extent.end),
-            _ => self.size,
+        let extent = match &state.layout {
+            Layout::Known(extents) => extents.containing(read.end - 1),
+            _ => None,
         };
+        let bound = extent.as_ref().map_or(self.size, |extent| extent.end);
         let maximum = self.maximum_window();
-        let ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
+        let mut ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
+        // Not who comes from the tensor before: the kernel reads past the end of what was asked.
+        let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
+        let mut pieces = PIECES;
+        if let Some(extent) = begun {
+            // Whoever begins a tensor reads it to its end: all of it at once.
+            ahead.range = read.end..extent.end.min(read.end + maximum).max(read.end);
+            ahead.window = ahead.range.end - ahead.range.start;
+            pieces = self.reader.options.transfers as u64;
+        }
         tracing::trace!(?read, ?ahead, bound, "pattern");
         let behind = ahead.behind.start.div_ceil(BLOCK_SIZE)..ahead.behind.end / BLOCK_SIZE;
         self.reader.cache.remove(self.content, behind);
         if ahead.range.is_empty() {
             return;
         }
-        // Small windows are cut in four, so that their requests overlap; large ones into requests
-        // of full size, so that few are needed. A rest smaller than a request waits for more.
-        let request = (ahead.window / 4).clamp(SMALL_REQUEST, REQUEST_SIZE);
+        // Small windows are cut, so that their requests overlap; large ones into requests of full
+        // size, so that few are needed. A rest smaller than a request waits for more.
+        let request = (ahead.window / pieces).clamp(SMALL_REQUEST, REQUEST_SIZE);
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);
