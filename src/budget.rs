@@ -6,10 +6,10 @@
 //! the transfer that would empty it.
 
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 /// Who wants bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,11 +202,10 @@ impl Budget {
         }
     }
 
-    /// Waits until something was given back, at most `patience`; false when nothing was.
-    pub async fn wait_for_freed(&self, patience: Duration) -> bool {
-        tokio::time::timeout(patience, self.freed.notified())
-            .await
-            .is_ok()
+    /// Is ready when something is given back, or could be given up, from now on. To be pinned and
+    /// enabled before looking for what there is.
+    pub fn freed(&self) -> Notified<'_> {
+        self.freed.notified()
     }
 
     fn give_back(&self, class: Class, bytes: u64) {

@@ -30,19 +30,18 @@ impl Writer {
             return Ok(());
         }
         for _ in 0..HOPELESS_ROUNDS {
+            // Before looking: what comes to be while we look is not missed.
+            let freed = self.memory.freed();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
             if self.give_up_sent_chunks() {
                 return Ok(());
             }
-            if self.in_flight.load(Ordering::Relaxed) > 0 {
-                if self.memory.wait_for_freed(PATIENCE).await {
-                    return Ok(());
-                }
-                continue;
-            }
-            if self.spill_oldest().await? || self.send_held() {
+            let on_its_way = self.in_flight.load(Ordering::Relaxed) > 0;
+            if !on_its_way && (self.spill_oldest().await? || self.send_held()) {
                 return Ok(());
             }
-            if self.memory.wait_for_freed(PATIENCE).await {
+            if tokio::time::timeout(PATIENCE, freed).await.is_ok() {
                 return Ok(());
             }
         }

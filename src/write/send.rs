@@ -140,6 +140,8 @@ impl Draft {
             }
         }
         self.sent.notify_waiters();
+        // Its local copy can be given up now: who waits for room looks again.
+        self.writer.memory.note_reclaimable();
     }
 
     async fn send_in_background(
