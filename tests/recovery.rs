@@ -103,16 +103,7 @@ fn journals(lab: &Lab) -> Vec<String> {
 fn a_small_file_that_was_being_closed_is_stored_by_the_next_mount() {
     let lab = Lab::new();
     let mount = lab.mount();
-    lab.s3.hold(Kind::Put);
-    let writer = write_in_background(mount.at("f"), b"small".to_vec());
-    wait_until("the close to be in the journal", || {
-        journals(&lab)
-            .iter()
-            .any(|journal| journal.contains("\"closed\":true"))
-    });
-    kill(&mount);
-    writer.join().unwrap();
-    lab.s3.release(Kind::Put);
+    kill_while_closing(&lab, &mount, "f", b"small");
     let _next = lab.mount();
     wait_until("the file to be stored", || lab.stored("f").is_some());
     assert_eq!(lab.stored("f").unwrap(), b"small");
@@ -201,16 +192,7 @@ fn what_could_not_be_stored_when_a_mount_ended_is_stored_by_the_next() {
 fn what_was_written_since_by_somebody_else_is_not_overwritten_without_a_word() {
     let lab = Lab::new();
     let mount = lab.mount();
-    lab.s3.hold(Kind::Put);
-    let writer = write_in_background(mount.at("f"), b"older".to_vec());
-    wait_until("the close to be in the journal", || {
-        journals(&lab)
-            .iter()
-            .any(|journal| journal.contains("\"closed\":true"))
-    });
-    kill(&mount);
-    writer.join().unwrap();
-    lab.s3.release(Kind::Put);
+    kill_while_closing(&lab, &mount, "f", b"older");
     lab.put_later("f", b"newer!".as_slice());
     let next = lab.mount();
     wait_until("it to wait for a word", || {
@@ -279,16 +261,7 @@ fn another_servers_uploads_are_left_alone() {
 fn a_run_that_is_gone_keeps_its_bytes_and_says_so() {
     let lab = Lab::new();
     let mount = lab.mount();
-    lab.s3.hold(Kind::Put);
-    let writer = write_in_background(mount.at("f"), b"bytes".to_vec());
-    wait_until("the close to be in the journal", || {
-        journals(&lab)
-            .iter()
-            .any(|journal| journal.contains("\"closed\":true"))
-    });
-    kill(&mount);
-    writer.join().unwrap();
-    lab.s3.release(Kind::Put);
+    kill_while_closing(&lab, &mount, "f", b"bytes");
     lab.tracking.remove_run(harness::RUN);
     let next = lab.mount();
     wait_until("it to wait for a word", || {
