@@ -21,6 +21,7 @@ mod recovery;
 mod relief;
 mod send;
 mod spill;
+mod target;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -34,10 +35,11 @@ use crate::read::Reader;
 use chunk::Room;
 use pool::Pool;
 
-pub use draft::{Draft, Progress, Target};
+pub use draft::{Draft, Progress};
 pub use error::WriteError;
 pub use recovery::{Leftover, ResumeError};
 pub use spill::Spill;
+pub use target::Target;
 
 /// How this mount writes.
 #[derive(Clone, Debug)]

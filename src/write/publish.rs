@@ -12,10 +12,11 @@ use std::sync::Arc;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::chunk::Data;
-use super::draft::{Draft, State, Target};
+use super::draft::{Draft, State};
 use super::error::WriteError;
 use super::journal::Record;
 use super::send::Outgoing;
+use super::target::Target;
 use crate::budget::Class;
 use crate::read::Source;
 use crate::store::{

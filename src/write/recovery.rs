@@ -15,10 +15,11 @@ use futures_util::TryStreamExt;
 
 use super::Writer;
 use super::chunk::{Chunk, Data, Sent};
-use super::draft::{Draft, State, Target, Upload};
+use super::draft::{Draft, State, Upload};
 use super::geometry::Geometry;
 use super::journal::{self, ChunkRecord, Journal, Manifest, Record, Replayed};
 use super::spill::{SpillDirectory, SpillFile};
+use super::target::Target;
 use crate::read::Source;
 use crate::store::{ETag, ObjectMeta, PartReceipt, Store, StoreError, checksum};
 
