@@ -114,6 +114,12 @@ pub struct MountArguments {
     )]
     pub transfers: usize,
 
+    /// How long a close goes on trying while nothing of the file gets through to the store; then
+    /// it fails with EIO, and the bytes are kept (30s, 15m, forever)
+    #[arg(long, env = "MLFS_CLOSE_TIMEOUT", value_name = "DURATION", default_value = "15m",
+          value_parser = parse_duration)]
+    pub close_timeout: Duration,
+
     /// Owner of everything [default: the caller]
     #[arg(
         long,
@@ -175,6 +181,7 @@ pub struct Config {
     /// Bytes.
     pub part_size: u64,
     pub transfers: usize,
+    pub close_timeout: Duration,
     pub uid: u32,
     pub gid: u32,
     pub umask: u32,
@@ -240,6 +247,7 @@ impl MountArguments {
             cache,
             part_size: self.part_size,
             transfers: self.transfers,
+            close_timeout: self.close_timeout,
             // SAFETY: getuid and getgid have no preconditions and cannot fail.
             uid: self.uid.unwrap_or_else(|| unsafe { libc::getuid() }),
             // SAFETY: as above.

@@ -7,6 +7,7 @@
 //! - [`draft`]: what a draft is, and reading and writing it;
 //! - [`publish`]: how a draft becomes an object, complete or not at all;
 //! - [`journal`], [`record`], [`recovery`]: what a crash must not make anybody forget;
+//! - [`patience`]: how long a close goes on trying;
 //! - [`relief`]: what gives way when memory is spent.
 
 mod chunk;
@@ -14,6 +15,7 @@ mod draft;
 mod error;
 mod geometry;
 mod journal;
+mod patience;
 mod pool;
 mod publish;
 mod record;
@@ -25,10 +27,11 @@ mod target;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::budget::Budget;
 use crate::read::Reader;
@@ -37,6 +40,7 @@ use pool::Pool;
 
 pub use draft::{Draft, Progress};
 pub use error::WriteError;
+pub use patience::Patience;
 pub use recovery::{Leftover, ResumeError};
 pub use spill::Spill;
 pub use target::Target;
@@ -48,6 +52,8 @@ pub struct WriteOptions {
     pub part_size: u64,
     /// Most parts and objects on their way at once, over all files.
     pub transfers: usize,
+    /// How long a file is tried again while nothing of it gets through.
+    pub close_timeout: Duration,
     /// The tracking server, without credentials: journals are of one server's runs.
     pub tracking: String,
 }
@@ -67,6 +73,8 @@ pub struct Writer {
     relief: tokio::sync::Mutex<()>,
     /// Transfers queued or on their way.
     in_flight: AtomicU64,
+    /// Turns true when the mount is about to end.
+    ending: watch::Sender<bool>,
     /// Rises with each write; tells which chunk was touched longest ago.
     clock: AtomicU64,
 }
@@ -95,6 +103,7 @@ impl Writer {
             drafts: Mutex::new(Vec::new()),
             relief: tokio::sync::Mutex::new(()),
             in_flight: AtomicU64::new(0),
+            ending: watch::Sender::new(false),
             clock: AtomicU64::new(0),
         })
     }

@@ -200,6 +200,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         WriteOptions {
             part_size: config.part_size,
             transfers: config.transfers,
+            close_timeout: config.close_timeout,
             tracking: tracking_uri.clone(),
         },
     );
@@ -264,6 +265,7 @@ async fn finish(vfs: &Arc<Vfs>, mounted: &mut Mounted, ended: bool) -> anyhow::R
 /// Waits until every closed file is in the store, or has failed to get there.
 async fn store_closed(vfs: &Arc<Vfs>) {
     vfs.begin_drain();
+    vfs.end();
     let deadline = tokio::time::Instant::now() + LAST_TRANSFERS;
     let moving = |file: &UploadStatus| file.state == "uploading" || file.state == "waiting";
     while vfs.unstored().iter().any(moving) && tokio::time::Instant::now() < deadline {

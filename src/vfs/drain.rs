@@ -50,6 +50,11 @@ impl Vfs {
         lost
     }
 
+    /// The mount is about to end: what cannot be stored now is left to the next one.
+    pub fn end(&self) {
+        self.writer.end();
+    }
+
     /// Files of the spill directory stay from now on, whoever lets go of them.
     pub fn keep_files(&self) {
         self.writer.keep();

@@ -14,7 +14,7 @@ use super::names;
 use super::tree::{Inode, Kind};
 use super::{EntryAttributes, Vfs};
 use crate::read::{ObjectReader, Segments, Source};
-use crate::write::{Draft, Progress, Target};
+use crate::write::{Draft, Progress, Target, WriteError};
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -423,23 +423,39 @@ impl Vfs {
         });
     }
 
-    /// Publishes a file under the name it has, and notes what the store now has there.
+    /// Publishes a file under the name it has, and notes what the store now has there. While the
+    /// store is in trouble it is tried again; in between the file can be moved and removed.
     pub(super) async fn publish(&self, inode: Inode, file: &Arc<File>) -> VfsResult<()> {
+        let mut patience = self.writer.patience();
+        loop {
+            let draft = file.state().draft.clone();
+            let Some(draft) = draft else { return Ok(()) };
+            match self.publish_once(inode, file, &draft).await {
+                Err(error) if patience.outlasts(&error, &draft).await => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+    }
+
+    async fn publish_once(
+        &self,
+        inode: Inode,
+        file: &File,
+        draft: &Arc<Draft>,
+    ) -> Result<(), WriteError> {
         let _moving = file.moving.lock().await;
-        let draft = {
-            let mut state = file.state();
-            state.storing = state.draft.as_ref().is_some_and(|draft| draft.is_dirty());
-            state.draft.clone()
-        };
-        let outcome = match draft {
-            Some(draft) => self.publish_draft(inode, file, &draft).await,
-            None => Ok(()),
-        };
+        file.state().storing = draft.is_dirty();
+        let outcome = self.publish_draft(inode, file, draft).await;
         file.state().storing = false;
         outcome
     }
 
-    async fn publish_draft(&self, inode: Inode, file: &File, draft: &Arc<Draft>) -> VfsResult<()> {
+    async fn publish_draft(
+        &self,
+        inode: Inode,
+        file: &File,
+        draft: &Arc<Draft>,
+    ) -> Result<(), WriteError> {
         let Some(stored) = draft.publish().await? else {
             return Ok(());
         };

@@ -188,7 +188,14 @@ impl Vfs {
         draft.forget_failure();
         let vfs = Arc::clone(self);
         self.runtime.spawn(async move {
-            match draft.publish().await {
+            let mut patience = vfs.writer.patience();
+            let outcome = loop {
+                match draft.publish().await {
+                    Err(error) if patience.outlasts(&error, &draft).await => {}
+                    outcome => break outcome,
+                }
+            };
+            match outcome {
                 Ok(_) => {
                     tracing::info!(
                         id = draft.id(),

@@ -68,6 +68,8 @@ pub(super) struct Chunk {
 pub(super) struct DiskCopy {
     pub version: u64,
     pub local: Range<u64>,
+    /// CRC32C of the run.
+    pub crc32c: u32,
     pub file: Arc<SpillFile>,
 }
 
@@ -141,7 +143,11 @@ impl Chunk {
                 if !file.grow(range.end.max(self.local.end)) {
                     return Err(Refusal::Room);
                 }
-                file.write(data, at).map_err(Refusal::Error)?;
+                if let Err(error) = file.write(data, at) {
+                    // Some of it may have been written.
+                    self.crc32c = None;
+                    return Err(Refusal::Error(error));
+                }
             }
             Data::Memory(buffer) => Buffer::write(buffer, room, at, data, size)?,
         }
@@ -208,6 +214,16 @@ impl Chunk {
                 .filter(|copy| copy.version == self.version && copy.local == self.local)
                 .map(|copy| &copy.file),
         }
+    }
+
+    /// The files that hold the run, as it is or as it was once.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<SpillFile>> {
+        let data = match &self.data {
+            Data::Spilled(file) => Some(file),
+            Data::Memory(_) | Data::GivenUp => None,
+        };
+        data.into_iter()
+            .chain(self.copy.as_ref().map(|copy| &copy.file))
     }
 
     /// Bytes of memory held.

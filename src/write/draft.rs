@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -13,6 +14,7 @@ use super::chunk::{Chunk, Data, Refusal};
 use super::error::WriteError;
 use super::geometry::Geometry;
 use super::journal::{self, Journal, Record, now};
+use super::spill::SpillFile;
 use super::target::Target;
 use crate::read::{ObjectReader, Segments, Source};
 use crate::store::{Condition, ETag, StoreError};
@@ -62,8 +64,14 @@ pub(super) struct State {
     pub journal_failed: bool,
     /// The journal's last manifest is of the file as it is.
     pub recorded: bool,
-    /// That manifest says that the file is closed, and since when.
+    /// That manifest says that the file is closed.
     pub recorded_closed: bool,
+    /// Files that the journal's last manifest names: they stay until there is another.
+    pub named: Vec<Arc<SpillFile>>,
+    /// Chunks whose named files were written to since.
+    pub rewritten: BTreeSet<u32>,
+    /// Where an object of this file was left that could not be moved to its last name.
+    pub misplaced: Option<Target>,
 }
 
 /// A file that is being written.
@@ -80,6 +88,8 @@ pub struct Draft {
     /// A queued chunk was sent, or could not be.
     pub(super) sent: Notify,
     pub(super) creating: tokio::sync::Mutex<()>,
+    /// Parts that the store has confirmed, of whatever version.
+    pub(super) confirmed: AtomicU64,
 }
 
 /// What a non-blocking write achieved.
@@ -126,6 +136,9 @@ impl Draft {
             journal_failed: false,
             recorded: false,
             recorded_closed: false,
+            named: Vec::new(),
+            rewritten: BTreeSet::new(),
+            misplaced: None,
         };
         Self::with_state(writer, new_id(), now(), state)
     }
@@ -144,6 +157,7 @@ impl Draft {
             publishing: tokio::sync::Mutex::new(()),
             sent: Notify::new(),
             creating: tokio::sync::Mutex::new(()),
+            confirmed: AtomicU64::new(0),
         });
         writer.register(&draft);
         draft
@@ -157,6 +171,11 @@ impl Draft {
     /// When it was begun, in seconds since 1970.
     pub fn since(&self) -> u64 {
         self.since
+    }
+
+    /// Parts that the store has confirmed, those sent again included.
+    pub(super) fn confirmed(&self) -> u64 {
+        self.confirmed.load(Ordering::Relaxed)
     }
 
     /// Bytes of the file now.
@@ -463,6 +482,19 @@ impl State {
         }
     }
 
+    /// A chunk that is on disk only is written to where it lies: before its bytes change, the
+    /// journal says so.
+    fn note_rewriting(&mut self, index: u32) {
+        let Some(Data::Spilled(file)) = self.chunks.get(&index).map(|chunk| &chunk.data) else {
+            return;
+        };
+        let named = self.named.iter().any(|named| Arc::ptr_eq(named, file));
+        self.note_change();
+        if named && self.rewritten.insert(index) {
+            self.note(&Record::Rewritten { index });
+        }
+    }
+
     fn write_chunk(
         &mut self,
         writer: &Writer,
@@ -474,11 +506,7 @@ impl State {
         let relative = at - bounds.start;
         let whole = bounds.end - bounds.start;
         let new_end = at + data.len() as u64;
-        let in_place = |chunk: &Chunk| matches!(chunk.data, Data::Spilled(_));
-        if self.chunks.get(&index).is_some_and(in_place) {
-            // Before the bytes change where they lie.
-            self.note_change();
-        }
+        self.note_rewriting(index);
         match self.chunks.get_mut(&index) {
             Some(chunk) => match chunk.write(&writer.room, relative, data, whole) {
                 Ok(()) => {}
@@ -487,7 +515,14 @@ impl State {
                         bounds.start + gap.start..bounds.start + gap.end,
                     ));
                 }
-                Err(refusal) => return Some(refusal),
+                Err(refusal) => {
+                    if let Refusal::Error(_) = &refusal {
+                        // The disk may have taken some of it: what was sent is another version.
+                        self.generation += 1;
+                        chunk.version = self.generation;
+                    }
+                    return Some(refusal);
+                }
             },
             None => match Chunk::new(&writer.room, relative, data, whole) {
                 Some(chunk) => {

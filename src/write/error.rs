@@ -32,6 +32,11 @@ pub enum WriteError {
 }
 
 impl WriteError {
+    /// Whether trying again later can help.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Store(error) if error.is_transient())
+    }
+
     /// The errno a POSIX program expects.
     pub fn errno(&self) -> i32 {
         match self {

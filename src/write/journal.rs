@@ -9,6 +9,7 @@
 //! torn by a crash, and whatever follows it, counts as not written. A killed process loses nothing
 //! that was appended; a machine that loses power loses what was not synchronised.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -130,6 +131,17 @@ impl Part {
     }
 }
 
+/// How an object can be recognised that was stored just before a crash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Completing {
+    /// Bytes.
+    pub size: u64,
+    /// The ETag it will have, where that can be told.
+    pub etag: Option<String>,
+    /// CRC32C of all of it, where that is known.
+    pub crc32c: Option<u32>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Record {
@@ -144,8 +156,15 @@ pub enum Record {
     Manifest(Manifest),
     /// The file was changed after its last manifest, which is what it was before.
     Changed,
+    /// The file of this chunk, as the last manifest has it, is written to in place: from now on its
+    /// bytes are those, or newer ones.
+    Rewritten {
+        index: u32,
+    },
     /// The object that the draft changes lies elsewhere by now.
     Moved(Base),
+    /// The file as its last manifest has it is about to appear under its name.
+    Completing(Completing),
     /// Why the last attempt to send it failed.
     Failed {
         reason: String,
@@ -269,6 +288,10 @@ pub struct Replayed {
     pub parts: Vec<Part>,
     /// The file as it last was, if that is known.
     pub manifest: Option<Manifest>,
+    /// Chunks whose files were written to since.
+    pub rewritten: BTreeSet<u32>,
+    /// What it was to become when it was last about to be stored, if it did not change since.
+    pub completing: Option<Completing>,
     pub failure: Option<String>,
     pub discarded: bool,
 }
@@ -289,6 +312,8 @@ impl Replayed {
             upload: None,
             parts: Vec::new(),
             manifest: None,
+            rewritten: BTreeSet::new(),
+            completing: None,
             failure: None,
             discarded: false,
         };
@@ -306,9 +331,16 @@ impl Replayed {
                 }
                 Record::Manifest(manifest) => {
                     replayed.manifest = Some(manifest);
+                    replayed.rewritten.clear();
+                    replayed.completing = None;
                     replayed.failure = None;
                 }
+                Record::Rewritten { index } => {
+                    replayed.rewritten.insert(index);
+                }
+                Record::Completing(completing) => replayed.completing = Some(completing),
                 Record::Changed => {
+                    replayed.completing = None;
                     if let Some(manifest) = &mut replayed.manifest {
                         manifest.closed = false;
                     }

@@ -8,13 +8,14 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::chunk::Data;
 use super::draft::{Draft, State};
 use super::error::WriteError;
-use super::journal::Record;
+use super::journal::{Completing, Record};
 use super::send::Outgoing;
 use super::target::Target;
 use crate::budget::Class;
@@ -136,6 +137,8 @@ impl Draft {
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
         let _permit = self.permit().await?;
         let mut versions = Versions::new();
+        // Whether some of it came from elsewhere than the chunk that the journal knows of.
+        let mut mixed = false;
         let payload = loop {
             let action = self.state.lock().action(0, size);
             match action {
@@ -147,13 +150,22 @@ impl Draft {
                     versions.insert(0, outgoing.version);
                     break outgoing.payload(self).await?;
                 }
-                Action::Fill(range) => self.fill(range).await?,
-                Action::Copy(_) | Action::Load => break self.load(0..size).await?,
+                Action::Fill(range) => {
+                    mixed = true;
+                    self.fill(range).await?;
+                }
+                Action::Copy(_) | Action::Load => {
+                    mixed = size > 0;
+                    break self.load(0..size).await?;
+                }
                 Action::Shrunk => return Ok(None),
                 Action::GivenUp => return Err(self.given_up(0..size)),
             }
         };
         let (payload, _reservation) = payload;
+        if mixed {
+            self.note_completing(size, None, Some(payload.crc32c));
+        }
         let stored = target.store.put(&target.key, payload, condition).await?;
         Ok(Some((stored, versions)))
     }
@@ -182,6 +194,9 @@ impl Draft {
         let receipts: Vec<PartReceipt> = parts.into_iter().map(|(_, _, receipt)| receipt).collect();
         let begun = &upload.target;
         let renamed = begun.key != target.key;
+        if !renamed {
+            self.note_completing(size, checksum::composite(&receipts), None);
+        }
         let condition = if renamed {
             // Under the old name it is only on its way: whatever came there meanwhile stays.
             Condition::IfAbsent
@@ -202,8 +217,18 @@ impl Draft {
                 // The parts are spent: from here on the file lies over what they have become.
                 let mut state = self.state.lock();
                 self.rebase(&mut state, begun, size, stored.etag, &versions);
+                state.misplaced = Some(begun.clone());
                 Err(error)
             }
+        }
+    }
+
+    /// Writes down what the object will be, so that it is recognised if this process ends before
+    /// it knows that it is stored.
+    fn note_completing(&self, size: u64, etag: Option<String>, crc32c: Option<u32>) {
+        let mut state = self.state.lock();
+        if state.recorded {
+            state.note(&Record::Completing(Completing { size, etag, crc32c }));
         }
     }
 
@@ -304,6 +329,7 @@ impl Draft {
                     let receipt = store
                         .upload_part(key, &upload.id, index + 1, payload)
                         .await?;
+                    self.confirmed.fetch_add(1, Ordering::Relaxed);
                     return Ok(Some((index, UNTOUCHED, receipt)));
                 }
             }
@@ -320,9 +346,11 @@ impl Draft {
         let upload = self.upload().await?;
         let Target { store, key, .. } = &upload.target;
         let etag = base.etag.as_ref();
-        Ok(store
+        let receipt = store
             .copy_part(key, &upload.id, index + 1, &base.key, range, etag)
-            .await?)
+            .await?;
+        self.confirmed.fetch_add(1, Ordering::Relaxed);
+        Ok(receipt)
     }
 
     /// The bytes `range` of a file that has nothing local there.
@@ -340,9 +368,8 @@ impl Draft {
     /// The snapshot is in the store: what it held locally is let go, what was written since stays.
     fn settle(&self, snapshot: Snapshot, stored: &Stored, versions: &Versions) {
         let mut state = self.state.lock();
-        let recorded = std::mem::take(&mut state.recorded);
-        // Before the chunks it names.
-        state.journal = None;
+        let recorded = state.recorded;
+        state.drop_journal();
         // One that a sender began although all went in one PUT.
         self.abandon_upload(&mut state);
         let target = state.target.clone();
@@ -356,11 +383,25 @@ impl Draft {
         state.published = Some(snapshot.generation);
         state.failure = None;
         state.guard = None;
+        let misplaced = state.misplaced.take();
+        self.remove_misplaced(misplaced.filter(|it| it.key != target.key));
         // What was written since, and made durable already, stays so.
         if recorded && state.generation != snapshot.generation {
             drop(state);
             let _ = self.append_manifest(false);
         }
+    }
+
+    /// Removes, in the background, what this file left under a name that it has no longer.
+    fn remove_misplaced(&self, misplaced: Option<Target>) {
+        let Some(Target { store, key, .. }) = misplaced else {
+            return;
+        };
+        self.writer.runtime.spawn(async move {
+            if let Err(error) = store.delete(std::slice::from_ref(&key)).await {
+                tracing::warn!(key, %error, "left behind under a name that the file has no longer");
+            }
+        });
     }
 
     fn note_failure(&self, error: &WriteError) {
@@ -382,7 +423,15 @@ impl Draft {
     pub async fn retarget(self: &Arc<Self>, target: Target) {
         let _publishing = self.publishing.lock().await;
         let _creating = self.creating.lock().await;
+        if self.bind(target) {
+            self.record_close().await;
+        }
+    }
+
+    /// Sets the name; true when the file was closed for the journal, and must be made so again.
+    fn bind(self: &Arc<Self>, target: Target) -> bool {
         let mut state = self.state.lock();
+        let closed = state.recorded && state.recorded_closed;
         let given_up = state
             .chunks
             .values()
@@ -403,6 +452,7 @@ impl Draft {
         if !state.held && !state.detached {
             self.queue_full_chunks(&mut state);
         }
+        closed && !state.recorded
     }
 
     /// The file was unlinked: it can still be written and read, and is never published.
@@ -412,8 +462,11 @@ impl Draft {
         let mut state = self.state.lock();
         state.detached = true;
         state.failure = None;
-        state.journal = None;
+        state.drop_journal();
         self.abandon_upload(&mut state);
+        let misplaced = state.misplaced.take();
+        drop(state);
+        self.remove_misplaced(misplaced);
     }
 
     /// Puts the file on disk, for the next mount to go on with; `closed` says that nobody writes to

@@ -1,8 +1,9 @@
 //! Putting into the journal what a draft is, so that a crash finds it whole.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::chunk::{Data, DiskCopy};
+use super::chunk::{Chunk, Data, DiskCopy};
 use super::draft::{Draft, State};
 use super::error::WriteError;
 use super::journal::{
@@ -15,9 +16,21 @@ use crate::store::checksum;
 /// A manifest is begun anew this often when the file changes under it.
 const ATTEMPTS: usize = 4;
 
+/// What the manifest of a file may do without that others write to meanwhile: it is to hold what was
+/// written before it was asked for, and newer bytes only where it happens to.
+struct Tolerance {
+    /// The chunks there were when it was asked for.
+    present: BTreeSet<u32>,
+    /// Those that were copied to disk since.
+    copied: BTreeSet<u32>,
+    /// The file's size then, bytes.
+    size: u64,
+}
+
 /// What became of a manifest.
 pub(super) enum Appended {
-    To(Arc<Journal>),
+    /// To this journal; the files of its former manifest go with the value.
+    To(Arc<Journal>, Vec<Arc<SpillFile>>),
     /// There is no journal to append to, or no need.
     Nothing,
     /// The file changed meanwhile.
@@ -29,7 +42,8 @@ impl Draft {
     /// nor the store has; with `durable`, a loss of power does not undo it. `closed` says that the
     /// writer is done: after a crash such a file is sent without anybody's word.
     ///
-    /// False when the spill has no room for it, or when the file is written to all the time.
+    /// False when the spill has no room for it, or when a file that is to be closed is written to
+    /// all the time.
     ///
     /// # Errors
     /// The disk's.
@@ -38,27 +52,50 @@ impl Draft {
         closed: bool,
         durable: bool,
     ) -> Result<bool, WriteError> {
-        for _ in 0..ATTEMPTS {
+        let mut tolerance = (!closed).then(|| self.tolerance());
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
             // The last first: meanwhile the store may get the others.
             for index in self.unsafe_chunks().into_iter().rev() {
-                if self.is_unsafe(index) && !self.copy_to_disk(index).await? {
+                let wanted = tolerance.as_ref().is_none_or(|it| it.lacks(index));
+                if !wanted || !self.is_unsafe(index) {
+                    continue;
+                }
+                if !self.copy_to_disk(index).await? {
                     return Ok(false);
+                }
+                if let Some(tolerance) = &mut tolerance {
+                    tolerance.copied.insert(index);
                 }
             }
             if durable {
                 self.synchronise_files().await?;
             }
-            match self.append_manifest(closed) {
-                Appended::Changed => {}
+            match self.append(closed, tolerance.as_ref()) {
+                // Each of its chunks is copied once, so that this comes to an end.
+                Appended::Changed if tolerance.is_some() => {}
+                Appended::Changed => attempts += 1,
                 Appended::Nothing => return Ok(false),
-                Appended::To(journal) if durable => {
+                Appended::To(journal, former) if durable => {
+                    // Some chunk may have moved to disk since.
+                    self.synchronise_files().await?;
                     self.blocking(move || journal.synchronise()).await?;
+                    drop(former);
                     return Ok(true);
                 }
-                Appended::To(_) => return Ok(true),
+                Appended::To(..) => return Ok(true),
             }
         }
         Ok(false)
+    }
+
+    fn tolerance(&self) -> Tolerance {
+        let state = self.state.lock();
+        Tolerance {
+            present: state.chunks.keys().copied().collect(),
+            copied: BTreeSet::new(),
+            size: state.size,
+        }
     }
 
     /// Makes durable what is written down already; false when the file is another by now.
@@ -75,25 +112,29 @@ impl Draft {
         Ok(true)
     }
 
+    /// Appends a manifest of the file just as it is.
     pub(super) fn append_manifest(&self, closed: bool) -> Appended {
+        self.append(closed, None)
+    }
+
+    fn append(&self, closed: bool, tolerance: Option<&Tolerance>) -> Appended {
         let mut state = self.state.lock();
         if state.detached || state.published == Some(state.generation) {
             return Appended::Nothing;
         }
         self.begin_journal(&mut state);
-        let Some(manifest) = state.manifest(closed) else {
+        let Some(noted) = state.manifest(closed, tolerance) else {
             return Appended::Changed;
         };
-        state.note(&Record::Manifest(manifest));
-        match &state.journal {
-            Some(journal) => {
-                let journal = Arc::clone(journal);
-                state.recorded = true;
-                state.recorded_closed = closed;
-                Appended::To(journal)
-            }
-            None => Appended::Nothing,
-        }
+        state.note(&Record::Manifest(noted.manifest));
+        let Some(journal) = state.journal.clone() else {
+            return Appended::Nothing;
+        };
+        state.recorded = noted.exact;
+        state.recorded_closed = closed;
+        state.rewritten.clear();
+        let former = std::mem::replace(&mut state.named, noted.files);
+        Appended::To(journal, former)
     }
 
     /// Chunks that a killed process would lose.
@@ -128,6 +169,7 @@ impl Draft {
             let copy = DiskCopy {
                 version: chunk.version,
                 local: chunk.local.clone(),
+                crc32c: 0,
                 file,
             };
             (chunk.share(), copy, on_disk.is_some())
@@ -138,14 +180,13 @@ impl Draft {
             .blocking(move || write_copy(&file, bytes.as_deref(), local, on_disk))
             .await?;
         let mut state = self.state.lock();
-        if let Some(chunk) = state.chunks.get_mut(&index)
-            && chunk.version == copy.version
-            && chunk.local == copy.local
-        {
-            chunk.crc32c = Some(crc32c);
-            // Another copy may be named in a manifest by now: it stays.
+        if let Some(chunk) = state.chunks.get_mut(&index) {
+            if chunk.version == copy.version && chunk.local == copy.local {
+                chunk.crc32c = Some(crc32c);
+            }
+            // Even of a version that is no longer the last: it has what was written till then.
             if matches!(chunk.data, Data::Memory(_)) && chunk.on_disk().is_none() {
-                chunk.copy = Some(copy);
+                chunk.copy = Some(DiskCopy { crc32c, ..copy });
             }
         }
         Ok(true)
@@ -157,7 +198,7 @@ impl Draft {
             state
                 .chunks
                 .values()
-                .filter_map(|chunk| chunk.on_disk().cloned())
+                .flat_map(|chunk| chunk.files().cloned())
                 .collect()
         };
         self.blocking(move || files.iter().try_for_each(|file| file.synchronise()))
@@ -224,10 +265,18 @@ impl State {
             // What stands in it would be of another file than this becomes.
             tracing::warn!(object = self.target.object(), %error,
                 "the journal in --spill-dir takes no more: it is given up");
-            self.journal = None;
+            self.drop_journal();
             self.journal_failed = true;
-            self.recorded = false;
         }
+    }
+
+    /// Nothing that is in the journal counts any more.
+    pub(super) fn drop_journal(&mut self) {
+        // Before the files it names.
+        self.journal = None;
+        self.named.clear();
+        self.rewritten.clear();
+        self.recorded = false;
     }
 
     pub(super) fn destination(&self) -> Record {
@@ -239,33 +288,122 @@ impl State {
     }
 
     /// Where every byte is; `None` when some are in memory only.
-    pub(super) fn manifest(&self, closed: bool) -> Option<Manifest> {
+    fn manifest(&self, closed: bool, tolerance: Option<&Tolerance>) -> Option<Noted> {
         let mut chunks = Vec::with_capacity(self.chunks.len());
+        let mut files = Vec::with_capacity(self.chunks.len());
+        let mut exact = true;
         for (index, chunk) in &self.chunks {
-            let part = self.part(*index);
-            let file = chunk.on_disk();
-            if file.is_none() && !chunk.is_sent(part.end - part.start) {
-                return None;
-            }
-            chunks.push(ChunkRecord {
-                index: *index,
-                version: chunk.version,
-                start: chunk.local.start,
-                end: chunk.local.end,
-                crc32c: chunk.crc32c,
-                file: file.map(|file| file.name().to_owned()),
-            });
+            let (record, file) = match self.record_of(*index, chunk, tolerance) {
+                Where::Now(record, file) => (record, file),
+                Where::Before(record, file) => {
+                    exact = false;
+                    (record, Some(file))
+                }
+                Where::Later => {
+                    exact = false;
+                    continue;
+                }
+                Where::Nowhere => return None,
+            };
+            chunks.push(record);
+            files.extend(file);
         }
+        let size = match (tolerance, chunks.last()) {
+            (Some(tolerance), last) if !exact => {
+                let written = last.map_or(0, |it| self.geometry.range(it.index).start + it.end);
+                tolerance.size.max(written).min(self.size)
+            }
+            _ => self.size,
+        };
         let base = self.base.as_ref().filter(|_| self.base_limit > 0);
         let base = base.map(|base| Base::of(&base.source(), self.base_limit));
-        Some(Manifest {
+        let manifest = Manifest {
             closed,
             at: now_precisely(),
-            size: self.size,
+            size,
             part_size: self.geometry.first(),
             base,
             chunks,
+        };
+        Some(Noted {
+            manifest,
+            files,
+            exact,
         })
+    }
+
+    fn record_of(&self, index: u32, chunk: &Chunk, tolerance: Option<&Tolerance>) -> Where {
+        let part = self.part(index);
+        let file = chunk.on_disk();
+        let unchecked = file.is_some() && chunk.crc32c.is_none();
+        if (file.is_some() && !unchecked)
+            || (file.is_none() && chunk.is_sent(part.end - part.start))
+        {
+            return Where::Now(chunk_record(index, chunk), file.cloned());
+        }
+        let Some(tolerance) = tolerance else {
+            return Where::Nowhere;
+        };
+        if !tolerance.present.contains(&index) {
+            return Where::Later;
+        }
+        if !tolerance.copied.contains(&index) {
+            return Where::Nowhere;
+        }
+        match (file, &chunk.copy) {
+            // It is written to in place: what is there is what was, or newer.
+            (Some(file), _) => Where::Before(chunk_record(index, chunk), Arc::clone(file)),
+            (None, Some(copy)) => {
+                let record = ChunkRecord {
+                    index,
+                    version: copy.version,
+                    start: copy.local.start,
+                    end: copy.local.end,
+                    crc32c: Some(copy.crc32c),
+                    file: Some(copy.file.name().to_owned()),
+                };
+                Where::Before(record, Arc::clone(&copy.file))
+            }
+            (None, None) => Where::Nowhere,
+        }
+    }
+}
+
+/// A manifest, and the files that it names.
+struct Noted {
+    manifest: Manifest,
+    files: Vec<Arc<SpillFile>>,
+    /// It is of the file as it is.
+    exact: bool,
+}
+
+/// Where the bytes of a chunk are that a crash would leave.
+enum Where {
+    /// All of them on disk, or in the unfinished upload.
+    Now(ChunkRecord, Option<Arc<SpillFile>>),
+    /// On disk, as they were after the manifest was asked for.
+    Before(ChunkRecord, Arc<SpillFile>),
+    /// There was no such chunk when the manifest was asked for.
+    Later,
+    /// In memory only.
+    Nowhere,
+}
+
+fn chunk_record(index: u32, chunk: &Chunk) -> ChunkRecord {
+    ChunkRecord {
+        index,
+        version: chunk.version,
+        start: chunk.local.start,
+        end: chunk.local.end,
+        crc32c: chunk.crc32c,
+        file: chunk.on_disk().map(|file| file.name().to_owned()),
+    }
+}
+
+impl Tolerance {
+    /// Whether the manifest needs a copy of this chunk, and there is none yet.
+    fn lacks(&self, index: u32) -> bool {
+        self.present.contains(&index) && !self.copied.contains(&index)
     }
 }
 

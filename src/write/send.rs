@@ -192,6 +192,7 @@ impl Draft {
         let receipt = store
             .upload_part(key, &upload.id, index + 1, payload)
             .await?;
+        self.confirmed.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state.lock();
         let current = state
             .upload
@@ -223,7 +224,9 @@ impl Draft {
         let id = target.store.create_multipart(&target.key).await?;
         let upload = Upload { target, id };
         let mut state = self.state.lock();
-        self.begin_journal(&mut state);
+        if !state.detached && state.published != Some(state.generation) {
+            self.begin_journal(&mut state);
+        }
         state.note(&Record::Upload {
             key: upload.target.key.clone(),
             id: upload.id.clone(),

@@ -113,6 +113,8 @@ impl Mount {
             tracking: "http://model".to_owned(),
             part_size: PART,
             transfers: 4,
+            // What fails is to fail at once: the reference has no patience.
+            close_timeout: Duration::ZERO,
         };
         let writer = Writer::new(memory, spill, Arc::clone(&reader), runtime.clone(), options);
         let options = VfsOptions {
