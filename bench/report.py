@@ -113,8 +113,9 @@ def table(profile, rows, results, names, reasons):
                      " | ".join(cell(cells.get(column)) for column in names) +
                      " | " + " | ".join(columns) + " |")
         below += ratios(rows, name, results)
-    lines += ["", "The last columns: how many times better. Here, how many times as much:", "",
-              *(f"- {line}" for line in below)]
+    if below:
+        lines += ["", "The last columns: how many times better. Here, how many times as much:", "",
+                  *(f"- {line}" for line in below)]
     if reasons:
         lines += ["", "Not measured:", "", *(f"- {reason}" for reason in sorted(reasons))]
     return "\n".join(lines)
