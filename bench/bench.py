@@ -2,7 +2,7 @@
 
 Every cell is the median of the repetitions; CPU is the daemon's, in seconds per GiB moved; memory
 is the daemon's peak. A peer that is missing, fails, or takes too long leaves its cell empty, with
-the reason below the table. Compare only within one run.
+the reason below the table. Compare only within one run. Rows, columns and bounds: bench/README.md.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import report
 from rows import ROWS, WRITES
 from server import MIB, PROFILES, TOP, Server, prepare
 
-USUAL_ROWS = "write,read,read128k,second,mmap,random,tensor,list,small"
-USUAL_COLUMNS = ["mlfs", "mlfs signed", "mount-s3", "s3fs", "rclone off", "rclone full", *peers.DIRECT]
+USUAL_ROWS = ("write,torchsave,safetensors,checkpoint,checkpoint8,small,small8,append,overwrite,"
+              "read,read128k,second,mmap,random,tensor,list")
 
 
 def drop_caches():
@@ -66,29 +66,57 @@ def on_mount(name, row, server, size, work, limit):
         mount.stop()
 
 
+def directly(name, row, server, size):
+    match name:
+        case "sdk":
+            return row.sdk(server, size)
+        case "sdk signed":
+            return row.sdk(server, size, signed=True)
+        case "s5cmd":
+            return row.s5cmd(server, size)
+
+
 def measure(name, row, server, size, work, limit):
     """One measurement as it goes into the results, or None where there is nothing to measure."""
     drop_caches()
-    if name in peers.DIRECT:
-        measured = limited(limit, lambda: getattr(row, name)(server, size))
-        if measured is None:
-            return None
-        outcome, cpu = measured
-        peak = None
-    else:
-        outcome, seconds, peak = on_mount(name, row, server, size, work, limit)
-        cpu = seconds / (outcome.moved / (1 << 30)) if outcome.moved else seconds
+    try:
+        if name in peers.DIRECT:
+            measured = limited(limit, lambda: directly(name, row, server, size))
+            if measured is None:
+                return None
+            outcome, cpu = measured
+            peak = None
+        else:
+            outcome, seconds, peak = on_mount(name, row, server, size, work, limit)
+            cpu = seconds / (outcome.moved / (1 << 30)) if outcome.moved else seconds
+    finally:
+        server.forget_written()
     return {"value": outcome.value, "cpu": cpu, "peak": peak, "extra": outcome.extra,
-            "moved": outcome.moved}
+            "moved": outcome.moved, "seconds": outcome.seconds}
 
 
-def applies(name, row_name, row):
+def applies(name, row_name, row, asked):
+    """Whether a column is for a row; `asked`: those that were asked for by name."""
     if row.only is not None and name not in row.only:
         return False
-    return name != "mlfs signed" or row_name in WRITES
+    if name == "discard":
+        return row.discards
+    if name in peers.SIGNED:
+        return row_name in WRITES
+    if name in peers.VARIANTS:
+        return row_name in WRITES or name in asked
+    return True
 
 
-def run_profile(profile, arguments, names, work):
+def reason(error):
+    if isinstance(error, OSError) and error.filename:
+        # Without the folders, whose names are made up for each mount.
+        names = [os.path.basename(name) for name in (error.filename, error.filename2) if name]
+        return f"{error.strerror}: {' -> '.join(names)}"
+    return str(error)[:200]
+
+
+def run_profile(profile, arguments, names, asked, work):
     size = arguments.size * MIB
     results, reasons = {}, set()
     server = Server(profile)
@@ -97,7 +125,7 @@ def run_profile(profile, arguments, names, work):
         prepare(server, size)
         for row_name in arguments.rows.split(","):
             row = ROWS[row_name]
-            columns = [name for name in names if applies(name, row_name, row)]
+            columns = [name for name in names if applies(name, row_name, row, asked)]
             cells = results.setdefault(row_name, {name: [] for name in names})
             failed = set()
             for _ in range(arguments.repeat):
@@ -112,7 +140,7 @@ def run_profile(profile, arguments, names, work):
                     except Exception as error:
                         # A peer that fails once is not waited for again.
                         failed.add(name)
-                        reasons.add(f"{row_name}, {name}: {str(error)[:200]}")
+                        reasons.add(f"{row_name}, {name}: {reason(error)}")
     finally:
         server.stop()
     print(report.table(profile, ROWS, results, names, reasons), flush=True)
@@ -124,7 +152,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profiles", default="raw,s3-like,far", help=f"of {', '.join(PROFILES)}")
     parser.add_argument("--rows", default=USUAL_ROWS, help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--peers", default=",".join(USUAL_COLUMNS), help="which columns")
+    parser.add_argument("--peers", help=f"which columns, of {', '.join(peers.COLUMNS)}")
     parser.add_argument("--size", type=int, default=2048, help="MiB of the large file")
     parser.add_argument("--repeat", type=int, default=2, help="measurements of each cell")
     parser.add_argument("--limit", type=int, default=60, help="seconds one measurement may take")
@@ -133,12 +161,14 @@ def main():
     arguments = parser.parse_args()
     if arguments.compare:
         return report.compare(*arguments.compare)
-    for option, told, known in (("--rows", arguments.rows, ROWS), ("--profiles", arguments.profiles, PROFILES),
-                                ("--peers", arguments.peers, USUAL_COLUMNS)):
-        for name in told.split(","):
+    asked = arguments.peers.split(",") if arguments.peers else []
+    for option, told, known in (("--rows", arguments.rows.split(","), ROWS),
+                                ("--profiles", arguments.profiles.split(","), PROFILES),
+                                ("--peers", asked, peers.COLUMNS)):
+        for name in told:
             if name not in known:
                 parser.error(f"{option} {name}: give some of {', '.join(known)}")
-    names = arguments.peers.split(",")
+    names = asked or peers.COLUMNS
     revision = subprocess.run(["git", "-C", TOP, "rev-parse", "--short", "HEAD"],
                               capture_output=True, text=True).stdout.strip()
     everything = {"revision": revision, "size_mib": arguments.size, "profiles": {}}
@@ -147,7 +177,7 @@ def main():
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mlfs-bench-") as work:
         for profile in arguments.profiles.split(","):
-            everything["profiles"][profile] = run_profile(profile, arguments, names, work)
+            everything["profiles"][profile] = run_profile(profile, arguments, names, asked, work)
             target.write_text(json.dumps(everything, indent=1))
     print(f"\nresults in {target}", file=sys.stderr)
 

@@ -70,7 +70,12 @@ class Mount:
                 self.stop()
                 raise RuntimeError(reason)
             time.sleep(0.02)
-        self.path = self.mount / "r1" if name.startswith("mlfs") else self.mount / PREFIX
+        # Whether what is written to it gets to the server.
+        self.stores = name != "discard"
+        if name.startswith("mlfs"):
+            self.path = self.mount / "r1"
+        else:
+            self.path = self.mount / PREFIX if self.stores else self.mount
         self.pids = tree(self.process.pid)
         for pid in self.pids:
             pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -118,22 +123,38 @@ def rclone(mode):
     return command
 
 
+def discard(mount, server):
+    return [RELEASE / "lab-discard", mount]
+
+
 MOUNTS = {
     "mlfs": mlfs("--memory", "512MiB", "--sign-payload", "never"),
     "mlfs signed": mlfs("--memory", "512MiB", "--sign-payload", "always"),
+    # With the memory of the smallest peer, and with as many connections as some of them take.
+    "mlfs small": mlfs("--memory", "128MiB", "--sign-payload", "never"),
+    "mlfs wide": mlfs("--memory", "512MiB", "--sign-payload", "never", "--transfers", "64"),
     "mount-s3": mount_s3,
     "s3fs": s3fs,
     "rclone off": rclone("off"),
     "rclone full": rclone("full"),
+    # What the kernel's side of a mounted write costs, not a peer.
+    "discard": discard,
 }
+PEERS = ("mount-s3", "s3fs", "rclone off", "rclone full")
 # Clients without a mount: what a filesystem is compared with, not a peer.
-DIRECT = ("sdk", "s5cmd")
+DIRECT = ("sdk", "sdk signed", "s5cmd")
+COLUMNS = (*MOUNTS, *DIRECT)
+# Columns only for rows that write; the second lot also for any row where they are asked for.
+SIGNED = ("mlfs signed", "sdk signed")
+VARIANTS = ("mlfs small", "mlfs wide")
 
 
-def run_sdk(server, arguments, moved):
+def run_sdk(server, arguments, moved, signed=False):
     """The AWS SDK in a plain Rust program; see lab-sdk --help."""
     command, *rest = arguments
     where = ["--endpoint", server.endpoint, "--bucket", BUCKET]
+    if signed:
+        where.append("--sign-payload")
     output = subprocess.run([RELEASE / "lab-sdk", command, *where, *map(str, rest)], check=True,
                             capture_output=True)
     told = json.loads(output.stdout)

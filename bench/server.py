@@ -1,15 +1,19 @@
 """The in-memory S3 server, shaped by a profile."""
 
 import json
+import os
 import pathlib
 import subprocess
-import urllib.error
+import time
+import urllib.parse
 import urllib.request
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
 RELEASE = TOP / "target" / "release"
 MIB = 1 << 20
 BUCKET, PREFIX = "bench", "root/r1/artifacts"
+# How the names begin of all that a measurement leaves behind.
+WRITTEN = "written"
 # Milliseconds to the first byte, bytes a second of each connection.
 PROFILES = {"raw": (0, 0), "s3-like": (15, 90_000_000), "far": (40, 25_000_000)}
 
@@ -24,17 +28,28 @@ class Server:
         self.told = json.loads(self.process.stdout.readline())
         self.endpoint = self.told["endpoint"]
 
-    def ask(self, method, path, body=None):
-        request = urllib.request.Request(self.endpoint + path, data=body, method=method)
+    def ask(self, method, path, body=None, headers=None):
+        request = urllib.request.Request(self.endpoint + path, data=body, method=method,
+                                         headers=headers or {})
         with urllib.request.urlopen(request) as answer:
             return answer.read()
 
-    def counts(self):
-        """Requests and bytes by kind since the last reset."""
-        return json.loads(self.ask("GET", "/-/lab/stats"))["kinds"]
+    def stats(self):
+        """Requests and bytes since the last reset."""
+        return json.loads(self.ask("GET", "/-/lab/stats"))
 
     def fetched(self):
-        return self.counts().get("get", {}).get("bytes_out", 0)
+        """Bytes of objects that went out."""
+        return self.stats()["kinds"].get("get", {}).get("bytes_out", 0)
+
+    def sent(self):
+        """Bytes of objects that came in."""
+        kinds = self.stats()["kinds"]
+        return sum(kinds.get(kind, {}).get("bytes_in", 0) for kind in ("put", "upload_part"))
+
+    def most_at_once(self):
+        """The most requests that were being served at a time."""
+        return self.stats()["most_at_once"]
 
     def reset(self):
         self.ask("POST", "/-/lab/stats/reset", b"")
@@ -42,18 +57,33 @@ class Server:
     def generate(self, name, size, head=b""):
         self.ask("PUT", f"/-/lab/generated?bucket={BUCKET}&key={PREFIX}/{name}&size={size}", head)
 
-    def put(self, name, body):
-        self.ask("PUT", f"/{BUCKET}/{PREFIX}/{name}", body)
+    def objects(self, prefix):
+        """Names that start so → bytes and ETag. Neither counted as a request nor held up as one."""
+        where = urllib.parse.urlencode({"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"})
+        return {key.removeprefix(f"{PREFIX}/"): told
+                for key, told in json.loads(self.ask("GET", f"/-/lab/objects?{where}")).items()}
 
-    def has(self, name):
-        try:
-            self.ask("HEAD", f"/{BUCKET}/{PREFIX}/{name}")
-            return True
-        except urllib.error.HTTPError:
-            return False
+    def wait_stored(self, sizes):
+        """Until each of these names has an object of so many bytes."""
+        prefix = os.path.commonprefix(list(sizes))
+        while True:
+            stored = {name: size for name, (size, _) in self.objects(prefix).items()}
+            if all(stored.get(name) == size for name, size in sizes.items()):
+                return
+            time.sleep(0.005)
 
-    def delete(self, name):
-        self.ask("DELETE", f"/{BUCKET}/{PREFIX}/{name}")
+    def wait_replaced(self, name, etag):
+        """Until the object of this name has another ETag."""
+        while self.objects(name)[name][1] == etag:
+            time.sleep(0.005)
+
+    def read(self, name, offset, count):
+        return self.ask("GET", f"/{BUCKET}/{PREFIX}/{name}",
+                        headers={"Range": f"bytes={offset}-{offset + count - 1}"})
+
+    def forget_written(self):
+        where = urllib.parse.urlencode({"bucket": BUCKET, "prefix": f"{PREFIX}/{WRITTEN}"})
+        self.ask("DELETE", f"/-/lab/objects?{where}")
 
     def stop(self):
         self.process.kill()

@@ -134,6 +134,28 @@ impl Objects {
         self.buckets.lock().get(bucket)?.get(key).cloned()
     }
 
+    /// Keys that start with `prefix`, each with its bytes and its ETag.
+    pub fn list(&self, bucket: &str, prefix: &str) -> BTreeMap<String, (u64, String)> {
+        let buckets = self.buckets.lock();
+        let Some(bucket) = buckets.get(bucket) else {
+            return BTreeMap::new();
+        };
+        bucket
+            .range(prefix.to_owned()..)
+            .take_while(|(key, _)| key.starts_with(prefix))
+            .map(|(key, object)| (key.clone(), (object.content.size(), object.etag.clone())))
+            .collect()
+    }
+
+    /// Forgets objects and unfinished uploads whose keys start with `prefix`.
+    pub fn remove(&self, bucket: &str, prefix: &str) {
+        if let Some(bucket) = self.buckets.lock().get_mut(bucket) {
+            bucket.retain(|key, _| !key.starts_with(prefix));
+        }
+        let is_kept = |upload: &Upload| upload.bucket != bucket || !upload.key.starts_with(prefix);
+        self.uploads.lock().retain(|_, upload| is_kept(upload));
+    }
+
     pub fn put(&self, bucket: &str, key: &str, object: Object) {
         let mut buckets = self.buckets.lock();
         buckets

@@ -332,9 +332,19 @@ fn is_authorised(asked: &Asked) -> bool {
 /// The server's own paths, under `/-/lab/`.
 async fn control(shared: &Shared, asked: &Asked, body: Incoming) -> Answer {
     let body = incoming(body, None).await.unwrap_or_default().concat();
+    let parameter = |name: &str| asked.query.get(name).cloned().unwrap_or_default();
     let document = match (asked.method.as_str(), asked.key.as_str()) {
         ("GET", "lab/stats") => serde_json::to_string(&shared.counter.stats()),
         ("GET", "lab/requests") => serde_json::to_string(&shared.counter.log()),
+        ("GET", "lab/objects") => {
+            let (bucket, prefix) = (parameter("bucket"), parameter("prefix"));
+            serde_json::to_string(&shared.objects.list(&bucket, &prefix))
+        }
+        ("DELETE", "lab/objects") => {
+            let (bucket, prefix) = (parameter("bucket"), parameter("prefix"));
+            shared.objects.remove(&bucket, &prefix);
+            Ok("{}".to_owned())
+        }
         ("POST", "lab/stats/reset") => {
             shared.counter.reset();
             Ok("{}".to_owned())
@@ -348,7 +358,6 @@ async fn control(shared: &Shared, asked: &Asked, body: Incoming) -> Answer {
             Err(error) => return Failure(400, error.to_string()).answer(),
         },
         ("PUT", "lab/generated") => {
-            let parameter = |name: &str| asked.query.get(name).cloned().unwrap_or_default();
             let Ok(size) = parameter("size").parse() else {
                 return Failure(400, "size".to_owned()).answer();
             };

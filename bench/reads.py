@@ -1,0 +1,135 @@
+"""Rows that read."""
+
+import mmap
+import os
+import random
+import statistics
+import time
+
+from peers import MEMORY_DISK, run_s5cmd, run_sdk
+from row import Outcome, Row
+from server import BUCKET, MIB, PREFIX, tensor_head
+
+READS = 128
+
+
+def read_through(path, piece):
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(piece)
+        total = 0
+        while count := file.readinto(buffer):
+            total += count
+    return total
+
+
+class Read(Row):
+    def __init__(self, piece):
+        self.piece = piece
+        self.unit = f"MiB/s, reads of {piece // 1024} KiB"
+
+    def mount(self, mount, server, size):
+        started = time.monotonic()
+        assert read_through(mount.path / "big", self.piece) == size
+        return Outcome(size / MIB / (time.monotonic() - started), size)
+
+    def sdk(self, server, size, signed=False):
+        if self.piece != MIB:
+            return None
+        told, cpu = run_sdk(server, ["get", "--key", f"{PREFIX}/big", "--size", size // MIB], size)
+        return Outcome(told["mib_per_second"], size), cpu
+
+    def s5cmd(self, server, size):
+        if self.piece != MIB:
+            return None
+        target = MEMORY_DISK / "mlfs-bench-target"
+        try:
+            seconds, cpu = run_s5cmd(server, "cp", "-c", 16, "-p", 16,
+                                     f"s3://{BUCKET}/{PREFIX}/big", target)
+        finally:
+            target.unlink(missing_ok=True)
+        return Outcome(size / MIB / seconds, size), cpu / (size / (1 << 30))
+
+
+class SecondRead(Row):
+    unit = "MiB/s, second read"
+
+    def mount(self, mount, server, size):
+        read_through(mount.path / "big", MIB)
+        return Read(MIB).mount(mount, server, size)
+
+
+class Touch(Row):
+    unit = "MiB/s, pages of a mapping touched"
+
+    def mount(self, mount, server, size):
+        started = time.monotonic()
+        with open(mount.path / "big", "rb") as file:
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped:
+                sum(mapped[offset] for offset in range(0, size, 4096))
+        return Outcome(size / MIB / (time.monotonic() - started), size)
+
+
+class RandomReads(Row):
+    unit = f"ms, p50 of {READS} reads of 1 MiB at random in 8 GiB (fetched/asked)"
+    higher_is_better = False
+
+    def mount(self, mount, server, size):
+        server.reset()
+        generator = random.Random(2)
+        latencies = []
+        with open(mount.path / "huge", "rb", buffering=0) as file:
+            for _ in range(READS):
+                offset = generator.randrange(0, (8 << 30) - MIB)
+                started = time.monotonic()
+                os.pread(file.fileno(), MIB, offset)
+                latencies.append(time.monotonic() - started)
+        moved = READS * MIB
+        return Outcome(statistics.median(latencies) * 1000, moved,
+                       f"{server.fetched() / moved:.2f} x")
+
+    def sdk(self, server, size, signed=False):
+        told, cpu = run_sdk(server, ["random", "--key", f"{PREFIX}/huge", "--size", 8192,
+                                     "--in-flight", 1, "--reads", READS], READS * MIB)
+        return Outcome(told["p50_ms"], READS * MIB), cpu
+
+
+class Tensor(Row):
+    unit = "s, header and one 64 MiB tensor of 4 GiB (fetched/needed)"
+    higher_is_better = False
+    INDEX = 31
+
+    def mount(self, mount, server, size):
+        server.reset()
+        start = len(tensor_head()) + self.INDEX * 64 * MIB
+        began = time.monotonic()
+        with open(mount.path / "m.safetensors", "rb", buffering=0) as file:
+            os.pread(file.fileno(), int.from_bytes(os.pread(file.fileno(), 8, 0), "little"), 8)
+            for piece in range(64):
+                os.pread(file.fileno(), MIB, start + piece * MIB)
+        seconds = time.monotonic() - began
+        return Outcome(seconds, 64 * MIB, f"{server.fetched() / (64 * MIB):.2f} x")
+
+    def sdk(self, server, size, signed=False):
+        told, cpu = run_sdk(server, ["tensor", "--key", f"{PREFIX}/m.safetensors", "--size", 64,
+                                     "--index", self.INDEX], 64 * MIB)
+        return Outcome(told["seconds"], 64 * MIB), cpu
+
+
+class List(Row):
+    unit = "s, readdir and stat of 10 000"
+    higher_is_better = False
+
+    def mount(self, mount, server, size):
+        started = time.monotonic()
+        with os.scandir(mount.path / "many") as entries:
+            count = sum(entry.stat().st_size >= 0 for entry in entries)
+        assert count == 10_000, count
+        return Outcome(time.monotonic() - started)
+
+    def sdk(self, server, size, signed=False):
+        told, cpu = run_sdk(server, ["list", "--key", f"{PREFIX}/many/"], 0)
+        return Outcome(told["seconds"]), cpu
+
+    def s5cmd(self, server, size):
+        seconds, cpu = run_s5cmd(server, "ls", f"s3://{BUCKET}/{PREFIX}/many/*")
+        return Outcome(seconds), cpu
