@@ -171,8 +171,12 @@ impl S3Store {
             .await
             .map_err(|error| translate(self.object(&source.key), error))?;
         let result = answer.copy_object_result();
+        let Some(etag) = result.and_then(|result| result.e_tag()) else {
+            // An answer that tells nothing promises nothing.
+            return self.verify(target, source.size, None).await;
+        };
         Ok(Stored {
-            etag: result.and_then(|result| result.e_tag()).map(ETag::new),
+            etag: Some(ETag::new(etag)),
             size: source.size,
             modified: result
                 .and_then(|result| result.last_modified())
