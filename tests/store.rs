@@ -7,7 +7,9 @@ use bytes::Bytes;
 use futures_util::TryStreamExt;
 use futures_util::future::join_all;
 use mlfs::store::s3::S3Settings;
-use mlfs::store::{Condition, Payload, Store, StoreError, StoreResult, Stores, checksum::crc32c};
+use mlfs::store::{
+    Condition, ETag, Payload, Store, StoreError, StoreResult, Stores, checksum::crc32c,
+};
 use mlfs_lab::s3::{Fault, Kind, Rule, S3Server, ServerOptions};
 
 const BUCKET: &str = "bucket";
@@ -84,15 +86,13 @@ impl Call {
 }
 
 async fn server() -> S3Server {
-    server_with(None).await
+    server_with(ServerOptions::default()).await
 }
 
-/// One that reads and answers at so many bytes a second, each connection.
-async fn server_with(connection_rate: Option<u64>) -> S3Server {
+async fn server_with(options: ServerOptions) -> S3Server {
     let options = ServerOptions {
         verify_auth: false,
-        connection_rate,
-        ..ServerOptions::default()
+        ..options
     };
     let started = tokio::task::spawn_blocking(|| S3Server::start(options));
     started.await.unwrap().unwrap()
@@ -363,7 +363,11 @@ async fn what_another_attempt_cannot_mend_is_not_tried_again() {
 async fn a_transfer_that_moves_is_not_cut_off_however_slow_it_is() {
     // More than three times the patience, and more than all buffers on the way.
     const BYTES: usize = 80 << 20;
-    let lab = server_with(Some(8 << 20)).await;
+    let lab = server_with(ServerOptions {
+        connection_rate: Some(8 << 20),
+        ..ServerOptions::default()
+    })
+    .await;
     let store = store(&lab, Some(Duration::from_secs(3))).await;
     let bytes = Bytes::from(vec![7; BYTES]);
     let payload = Payload {
@@ -376,4 +380,119 @@ async fn a_transfer_that_moves_is_not_cut_off_however_slow_it_is() {
     let frames: Vec<Bytes> = read.frames.try_collect().await.unwrap();
     assert_eq!(frames.iter().map(Bytes::len).sum::<usize>(), BYTES);
     assert_eq!(lab.stats().of(Kind::Get).requests, 1);
+}
+
+/// The conditions under which `key` may be written now.
+fn conditions(old: &ETag) -> [(&'static str, Condition); 2] {
+    [
+        ("new", Condition::IfAbsent),
+        ("old", Condition::IfMatch(old.clone())),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conditional_put_that_took_place_though_the_answer_was_lost_is_no_conflict() {
+    for fault in [Fault::DoThenFail, Fault::DoThenReset] {
+        let lab = server().await;
+        lab.put(BUCKET, "old", "before");
+        let store = store(&lab, None).await;
+        let old = store.head("old").await.unwrap().etag.unwrap();
+        for (key, condition) in conditions(&old) {
+            lab.set_faults(1, vec![Rule::once(Kind::Put, fault.clone())]);
+            let stored = store.put(key, payload(), condition.clone()).await;
+            let stored = stored.unwrap_or_else(|error| panic!("{condition:?}: {error}"));
+            assert_eq!(stored.etag, store.head(key).await.unwrap().etag);
+            assert_eq!(stored.size, SIZE as u64);
+        }
+        // An empty object has no bytes to compare.
+        lab.set_faults(1, vec![Rule::once(Kind::Put, fault)]);
+        let empty = Payload {
+            bytes: Bytes::new(),
+            crc32c: 0,
+        };
+        store
+            .put("empty", empty, Condition::IfAbsent)
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn somebody_elses_object_is_a_conflict_also_when_it_has_the_same_size() {
+    let mut theirs = payload().bytes.to_vec();
+    theirs[SIZE - 1] = 8;
+    for theirs in [theirs, b"shorter".to_vec()] {
+        let lab = server().await;
+        lab.put(BUCKET, "old", "before");
+        let store = store(&lab, None).await;
+        let old = store.head("old").await.unwrap().etag.unwrap();
+        lab.put(BUCKET, "old", theirs.clone());
+        lab.put(BUCKET, "new", theirs);
+        for (key, condition) in conditions(&old) {
+            // A first attempt that did not take place.
+            lab.set_faults(1, vec![Rule::once(Kind::Put, Fault::ResetBefore)]);
+            let refused = store.put(key, payload(), condition).await;
+            assert!(matches!(refused, Err(StoreError::Conflict { .. })));
+        }
+    }
+}
+
+/// Completes an upload over `key` while `faults` meet the requests for it.
+async fn complete_over(
+    options: ServerOptions,
+    faults: Vec<Fault>,
+    key: &str,
+    condition: impl Fn(&ETag) -> Condition,
+) -> StoreResult<()> {
+    let lab = server_with(options).await;
+    lab.put(BUCKET, "old", "before");
+    let store = store(&lab, None).await;
+    let old = store.head("old").await.unwrap().etag.unwrap();
+    let upload = store.create_multipart(key).await.unwrap();
+    let part = store.upload_part(key, &upload, 1, payload()).await.unwrap();
+    let rules = faults.into_iter();
+    let rules = rules.map(|fault| Rule::once(Kind::CompleteMultipart, fault));
+    lab.set_faults(1, rules.collect());
+    store
+        .complete_multipart(key, &upload, &[part], condition(&old))
+        .await?;
+    assert!(lab.bytes(BUCKET, key).unwrap() == payload().bytes);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_completion_that_took_place_though_the_answer_was_lost_is_no_conflict() {
+    let refused = status(412, "PreconditionFailed");
+    for lost in [Fault::DoThenFail, Fault::DoThenReset] {
+        // A store may miss the upload first, or find the condition broken: by us.
+        for faults in [vec![lost.clone()], vec![lost, refused.clone()]] {
+            let absent = |_: &ETag| Condition::IfAbsent;
+            let options = ServerOptions::default;
+            complete_over(options(), faults.clone(), "new", absent)
+                .await
+                .unwrap();
+            let same = |old: &ETag| Condition::IfMatch(old.clone());
+            complete_over(options(), faults, "old", same).await.unwrap();
+        }
+    }
+    let conflict = complete_over(
+        ServerOptions::default(),
+        vec![status(412, "PreconditionFailed")],
+        "new",
+        |_| Condition::IfAbsent,
+    );
+    assert!(matches!(conflict.await, Err(StoreError::Conflict { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_completion_is_recognised_by_its_parts_whatever_the_stores_clock_says() {
+    let options = ServerOptions {
+        md5_etags: true,
+        clock_behind: Duration::from_secs(3600),
+        ..ServerOptions::default()
+    };
+    let always = |_: &ETag| Condition::Always;
+    complete_over(options, vec![Fault::DoThenFail], "new", always)
+        .await
+        .unwrap();
 }

@@ -2,8 +2,9 @@
 
 mod harness;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use harness::{Lab, Mount, close, noise, text, wait_until};
@@ -59,6 +60,22 @@ fn transfers_at_once_are_as_many_as_the_store_takes_and_grow_again() {
         }
     });
     assert_eq!(number(&mount, "waiting"), Some(0));
+}
+
+#[test]
+fn a_modification_that_was_stored_though_the_answer_was_lost_is_no_conflict() {
+    let lab = Lab::new();
+    lab.put("f", b"before".as_slice());
+    let mount = lab.mount();
+    for fault in [Fault::DoThenFail, Fault::DoThenReset] {
+        let file = OpenOptions::new().write(true).open(mount.at("f")).unwrap();
+        file.write_all_at(b"after", 1).unwrap();
+        lab.s3.set_faults(1, vec![Rule::once(Kind::Put, fault)]);
+        assert_eq!(close(file), 0);
+        assert_eq!(lab.stored("f").unwrap(), b"bafter");
+    }
+    // Each was tried again, and found its condition broken.
+    assert_eq!(lab.s3.stats().of(Kind::Put).requests, 4);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod backlog;
 mod body;
 mod client;
+mod doubt;
 mod errors;
 mod multipart;
 mod objects;

@@ -40,6 +40,10 @@ pub struct ServerOptions {
     pub discard_bodies: bool,
     /// Bytes; smaller parts, but the last, are refused at completion.
     pub minimum_part_size: u64,
+    /// ETags as most stores have them: the MD5 of the bytes; of an upload, that of its parts' MD5s.
+    pub md5_etags: bool,
+    /// How far the server's clock is behind.
+    pub clock_behind: Duration,
 }
 
 impl Default for ServerOptions {
@@ -53,6 +57,8 @@ impl Default for ServerOptions {
             auto_create_buckets: true,
             discard_bodies: false,
             minimum_part_size: 5 << 20,
+            md5_etags: false,
+            clock_behind: Duration::ZERO,
         }
     }
 }
