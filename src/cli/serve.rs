@@ -28,6 +28,8 @@ use crate::write::{Spill, WriteOptions, Writer};
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a mount that has been unmounted goes on trying to store what is left.
 const LAST_TRANSFERS: Duration = Duration::from_secs(15 * 60);
+/// However short a close's patience is, a request has this long to move.
+const LEAST_PATIENCE: Duration = Duration::from_secs(1);
 /// Read blocks and transfers keep this share of the memory, whatever writers do.
 const FLOOR_SHARE: u64 = 8;
 
@@ -45,7 +47,12 @@ pub(super) fn tracking_settings(config: &Config) -> Result<TrackingSettings, Set
 /// # Errors
 /// What is wrong with one of them.
 pub(super) fn store_settings(config: &Config) -> anyhow::Result<S3Settings> {
-    Ok(S3Settings::from_variables(variable, config.sign_payload)?)
+    let mut settings = S3Settings::from_variables(variable, config.sign_payload)?;
+    // A request that hangs is not waited for longer than a close is.
+    if !config.close_timeout.is_zero() {
+        settings.patience = config.close_timeout.max(LEAST_PATIENCE);
+    }
+    Ok(settings)
 }
 
 fn variable(name: &str) -> Option<String> {

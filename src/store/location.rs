@@ -88,7 +88,9 @@ impl Stores {
         }
         let client = self
             .client
-            .get_or_init(|| async { S3Client::new(self.s3.clone()).await })
+            .get_or_init(|| async {
+                S3Client::new(self.s3.clone(), Arc::clone(&self.metrics)).await
+            })
             .await;
         let store: Arc<dyn Store> = Arc::new(S3Store::new(
             Arc::clone(client),

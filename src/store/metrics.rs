@@ -40,6 +40,19 @@ pub struct StoreMetrics {
     requests: [AtomicU64; NAMES.len()],
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    /// 0: no limit.
+    places: AtomicU64,
+    throttled: AtomicU64,
+    waiting: AtomicU64,
+}
+
+/// One that waits, until it is dropped.
+pub struct Waiting<'a>(&'a AtomicU64);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl StoreMetrics {
@@ -55,6 +68,23 @@ impl StoreMetrics {
         self.bytes_out.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// How many requests the store is sent at once for now; `None`: as many as there are.
+    pub fn set_places(&self, places: Option<usize>) {
+        let places = places.map_or(0, |places| places as u64);
+        self.places.store(places, Ordering::Relaxed);
+    }
+
+    /// An attempt that the store refused with 503 or 429.
+    pub fn count_throttled(&self) {
+        self.throttled.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A request that waits because the store takes no more at once.
+    pub fn waiting(&self) -> Waiting<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        Waiting(&self.waiting)
+    }
+
     pub fn to_json(&self) -> serde_json::Value {
         let requests: serde_json::Map<String, serde_json::Value> = NAMES
             .iter()
@@ -65,6 +95,9 @@ impl StoreMetrics {
             "requests": requests,
             "bytes_in": self.bytes_in.load(Ordering::Relaxed),
             "bytes_out": self.bytes_out.load(Ordering::Relaxed),
+            "places": Some(self.places.load(Ordering::Relaxed)).filter(|places| *places > 0),
+            "waiting": self.waiting.load(Ordering::Relaxed),
+            "throttled": self.throttled.load(Ordering::Relaxed),
         })
     }
 }

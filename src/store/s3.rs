@@ -1,11 +1,17 @@
 //! S3 and S3-compatible stores, through the AWS SDK.
 
+mod backlog;
 mod body;
 mod client;
+mod doubt;
 mod errors;
 mod multipart;
 mod objects;
+mod pace;
+mod retry;
 mod settings;
+mod transport;
+mod watch;
 mod wire;
 
 use std::ops::Range;

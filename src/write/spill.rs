@@ -68,6 +68,8 @@ impl SpillDirectory {
         let lock = made?;
         let path = parent.join(format!("{MOUNT}{name}"));
         std::fs::rename(&unready, &path)?;
+        // What is made durable in it must be found after a loss of power.
+        File::open(parent)?.sync_all()?;
         Ok(Arc::new(Self {
             path,
             kept: AtomicBool::new(false),

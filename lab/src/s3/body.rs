@@ -6,10 +6,12 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, Stream};
 use http_body_util::{BodyExt, StreamBody};
+use hyper::Response;
 use hyper::body::{Frame, Incoming};
+use hyper::header::CONTENT_LENGTH;
 use tokio::time::Instant;
 
-/// Frames of an answer are cut to this, so that pacing is even, bytes.
+/// Frames of an answer are cut to this, so that pacing is even and a stall is in the middle, bytes.
 const PIECE: usize = 256 * 1024;
 
 pub(super) type Frames = Pin<Box<dyn Stream<Item = Result<Frame<Bytes>, BrokenOff>> + Send>>;
@@ -93,7 +95,7 @@ pub(super) fn outgoing(
             current = frames.next()?;
         }
         let mut length = current.len();
-        if pace.rate.is_some() {
+        if pace.rate.is_some() || damage.stall.is_some() {
             length = length.min(PIECE);
         }
         if let Some(limit) = damage.break_after {
@@ -115,6 +117,22 @@ pub(super) fn outgoing(
         Some((Ok(Frame::data(piece)), Some(state)))
     });
     StreamBody::new(Box::pin(frames))
+}
+
+/// An answer whose body is damaged; without a body there is nothing to damage.
+pub(super) async fn damaged(answer: Response<Body>, damage: Damage) -> Response<Body> {
+    let (mut head, body) = answer.into_parts();
+    let mut whole = match body.collect().await {
+        Ok(whole) => whole.to_bytes(),
+        Err(BrokenOff) => Bytes::new(),
+    };
+    if let Some(length) = damage.truncate {
+        whole.truncate(length as usize);
+        head.headers.insert(CONTENT_LENGTH, whole.len().into());
+    }
+    // A stall comes between two frames.
+    let second = whole.split_off(whole.len() / 2);
+    Response::from_parts(head, outgoing(vec![whole, second], None, damage, |_| {}))
 }
 
 /// A body that is one text.

@@ -17,12 +17,18 @@ pub enum Fault {
     ResetAfter(u64),
     /// The answer's body stalls for so many milliseconds after its first frame.
     Stall(u64),
-    /// The answer says that it carries only so many bytes, and does; Content-Range says otherwise.
+    /// The answer says that it carries only so many bytes, and does, whatever Content-Range says.
     Truncate(u64),
+    /// Nothing is read of the body, and nothing is answered.
+    Deaf,
+    /// The body is read, and nothing is answered.
+    Silent,
     /// One byte of the body is wrong, whichever way it goes.
     WrongByte,
     /// It is done, and answered with 504.
     DoThenFail,
+    /// It is done, and the connection is closed without an answer.
+    DoThenReset,
 }
 
 /// Which requests a fault hits.

@@ -1,11 +1,12 @@
 //! Multipart uploads.
 
-use std::time::SystemTime;
-
 use bytes::Bytes;
+use md5::{Digest, Md5};
 
 use super::objects::{Content, Object, Part, Upload};
-use super::operations::{Failure, Operations, Outcome, XML, document_answer, empty, fail, same};
+use super::operations::{
+    Failure, Operations, Outcome, XML, document_answer, empty, fail, hexadecimal, same,
+};
 use super::request::{Asked, parse_range};
 use super::xml::{elements, escape, text as xml_text};
 
@@ -33,7 +34,7 @@ impl Operations {
         ))
     }
 
-    fn add_part(&self, asked: &Asked, content: Content) -> Result<String, Failure> {
+    fn add_part(&self, asked: &Asked, content: Content, etag: String) -> Result<String, Failure> {
         let number = asked
             .query
             .get("partNumber")
@@ -41,7 +42,6 @@ impl Operations {
         let Some(number) = number.filter(|number| (1..=10_000).contains(number)) else {
             return fail(400, "InvalidArgument");
         };
-        let etag = self.objects.etag(None);
         let mut uploads = self.objects.uploads.lock();
         let id = asked.query.get("uploadId").map_or("", String::as_str);
         let Some(upload) = uploads.get_mut(id).filter(|upload| upload.key == asked.key) else {
@@ -59,7 +59,8 @@ impl Operations {
 
     pub(super) fn upload_part(&self, asked: &Asked, body: Vec<Bytes>) -> Outcome {
         let (data, checksum) = self.receive(asked, body)?;
-        let etag = self.add_part(asked, self.keep(data))?;
+        let etag = self.etag(&data);
+        let etag = self.add_part(asked, self.keep(data), etag)?;
         let mut headers = vec![("etag", etag)];
         headers.extend(checksum);
         Ok(empty(200, &headers))
@@ -76,7 +77,11 @@ impl Operations {
             Content::Discarded(_) => Content::Discarded(range.end - range.start),
             content => Content::Frames(content.slice(range)),
         };
-        let etag = self.add_part(asked, content)?;
+        let etag = match &content {
+            Content::Frames(frames) => self.etag(frames),
+            _ => self.objects.etag(None),
+        };
+        let etag = self.add_part(asked, content, etag)?;
         Ok(document_answer(
             200,
             format!(
@@ -95,12 +100,11 @@ impl Operations {
         };
         let content = self.assemble(&document, &upload)?;
         self.check_condition(asked)?;
-        let parts = elements(&document, "Part").len();
-        let etag = self.objects.etag(Some(parts));
+        let etag = self.composite_etag(&document);
         let object = Object {
             content,
             etag: etag.clone(),
-            modified: SystemTime::now(),
+            modified: self.now(),
             headers: upload.headers,
         };
         self.objects.put(&asked.bucket, &asked.key, object);
@@ -114,6 +118,24 @@ impl Operations {
                 escape(&etag)
             ),
         ))
+    }
+
+    fn composite_etag(&self, document: &str) -> String {
+        let parts = elements(document, "Part");
+        if !self.options.md5_etags {
+            return self.objects.etag(Some(parts.len()));
+        }
+        let mut digest = Md5::new();
+        for part in &parts {
+            let etag = xml_text(part, "ETag").unwrap_or_default();
+            let etag = etag.trim_matches('"').as_bytes();
+            let bytes = etag.chunks(2).filter_map(|pair| {
+                let pair = std::str::from_utf8(pair).ok()?;
+                u8::from_str_radix(pair, 16).ok()
+            });
+            digest.update(bytes.collect::<Vec<u8>>());
+        }
+        format!("\"{}-{}\"", hexadecimal(&digest.finalize()), parts.len())
     }
 
     fn assemble(&self, document: &str, upload: &Upload) -> Result<Content, Failure> {

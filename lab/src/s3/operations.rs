@@ -9,6 +9,7 @@ use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, Digest};
 use hyper::Response;
+use md5::{Digest as _, Md5};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::body::{Body, Damage, outgoing, spoil, text, unchunk};
@@ -341,6 +342,20 @@ impl Operations {
         Ok((data, None))
     }
 
+    /// The ETag of an object or a part of this data.
+    pub(super) fn etag(&self, data: &[Bytes]) -> String {
+        if !self.options.md5_etags {
+            return self.objects.etag(None);
+        }
+        let mut digest = Md5::new();
+        data.iter().for_each(|frame| digest.update(frame));
+        format!("\"{}\"", hexadecimal(&digest.finalize()))
+    }
+
+    pub(super) fn now(&self) -> SystemTime {
+        SystemTime::now() - self.options.clock_behind
+    }
+
     pub(super) fn keep(&self, data: Vec<Bytes>) -> Content {
         if self.options.discard_bodies {
             Content::Discarded(data.iter().map(|frame| frame.len() as u64).sum())
@@ -369,11 +384,11 @@ impl Operations {
     fn put(&self, asked: &Asked, body: Vec<Bytes>) -> Outcome {
         let (data, checksum) = self.receive(asked, body)?;
         self.check_condition(asked)?;
-        let etag = self.objects.etag(None);
+        let etag = self.etag(&data);
         let object = Object {
             content: self.keep(data),
             etag: etag.clone(),
-            modified: SystemTime::now(),
+            modified: self.now(),
             headers: asked.kept_headers(),
         };
         self.objects.put(&asked.bucket, &asked.key, object);
@@ -399,7 +414,7 @@ impl Operations {
     fn copy(&self, asked: &Asked) -> Outcome {
         let mut object = self.source(asked)?;
         object.etag = self.objects.etag(None);
-        object.modified = SystemTime::now();
+        object.modified = self.now();
         if asked.header("x-amz-metadata-directive") == Some("REPLACE") {
             object.headers = asked.kept_headers();
         }
@@ -436,6 +451,10 @@ impl Operations {
             format!("{XML}<DeleteResult></DeleteResult>"),
         ))
     }
+}
+
+pub(super) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub(super) fn same(one: &str, other: &str) -> bool {

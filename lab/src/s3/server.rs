@@ -15,9 +15,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
-use super::body::{Body, BrokenOff, Damage, incoming, spoil, text};
+use super::body::{Body, BrokenOff, Damage, damaged, incoming, spoil, text};
 use super::faults::{Fault, Faults, Rule};
 use super::objects::{Content, Object, Objects};
 use super::operations::{Answer, Failure, Operations};
@@ -40,6 +40,10 @@ pub struct ServerOptions {
     pub discard_bodies: bool,
     /// Bytes; smaller parts, but the last, are refused at completion.
     pub minimum_part_size: u64,
+    /// ETags as most stores have them: the MD5 of the bytes; of an upload, that of its parts' MD5s.
+    pub md5_etags: bool,
+    /// How far the server's clock is behind.
+    pub clock_behind: Duration,
 }
 
 impl Default for ServerOptions {
@@ -53,6 +57,8 @@ impl Default for ServerOptions {
             auto_create_buckets: true,
             discard_bodies: false,
             minimum_part_size: 5 << 20,
+            md5_etags: false,
+            clock_behind: Duration::ZERO,
         }
     }
 }
@@ -66,6 +72,8 @@ struct Shared {
     /// Kinds whose requests wait, and the word that they may go on.
     gates: Mutex<HashSet<Kind>>,
     released: Notify,
+    /// How many requests are served at once; the others are refused.
+    served_at_once: Mutex<Option<Arc<Semaphore>>>,
 }
 
 /// A running server, with a runtime of its own. Ends when dropped.
@@ -102,6 +110,7 @@ impl S3Server {
             faults: Faults::default(),
             gates: Mutex::default(),
             released: Notify::new(),
+            served_at_once: Mutex::default(),
         });
         runtime.spawn(accept(listener, Arc::clone(&shared)));
         Ok(Self {
@@ -140,6 +149,12 @@ impl S3Server {
     pub fn release(&self, kind: Kind) {
         self.shared.gates.lock().remove(&kind);
         self.shared.released.notify_waiters();
+    }
+
+    /// From now on, what comes while so many requests are being served is answered with SlowDown;
+    /// `None`: nothing is.
+    pub fn limit_in_flight(&self, most: Option<usize>) {
+        *self.shared.served_at_once.lock() = most.map(|most| Arc::new(Semaphore::new(most)));
     }
 
     /// Keys of a bucket, in order.
@@ -244,12 +259,12 @@ async fn handle(
         return Ok(control(&shared, &asked, body).await);
     }
     let kind = asked.kind();
-    shared.counter.begin(kind);
+    let _at_once = shared.counter.begin(kind);
     let outcome = serve(&shared, kind, &asked, body).await;
     let status = outcome
         .as_ref()
         .map_or(0, |answer| answer.status().as_u16());
-    shared.counter.end(Logged {
+    shared.counter.answered(Logged {
         kind,
         key: asked.key.clone(),
         range: asked.header("range").map(str::to_owned),
@@ -265,9 +280,12 @@ async fn serve(
     body: Incoming,
 ) -> Result<Answer, BrokenOff> {
     let fault = shared.faults.next(kind, &asked.key);
-    if fault == Some(Fault::ResetBefore) {
-        return Err(BrokenOff);
+    match fault {
+        Some(Fault::ResetBefore) => return Err(BrokenOff),
+        Some(Fault::Deaf) => std::future::pending::<()>().await,
+        _ => {}
     }
+    let place = place(shared);
     let mut body = incoming(body, shared.options.connection_rate)
         .await
         .map_err(|_| BrokenOff)?;
@@ -277,6 +295,9 @@ async fn serve(
     shared
         .counter
         .bytes_in(kind, body.iter().map(|frame| frame.len() as u64).sum());
+    let Ok(_place) = place else {
+        return Ok(Failure(503, "SlowDown".to_owned()).answer());
+    };
     wait_at_gate(shared, kind).await;
     if !shared.options.first_byte.is_zero() {
         tokio::time::sleep(shared.options.first_byte).await;
@@ -287,22 +308,34 @@ async fn serve(
     let mut damage = Damage::default();
     match &fault {
         Some(Fault::Status(status, code)) => return Ok(Failure(*status, code.clone()).answer()),
+        Some(Fault::Silent) => std::future::pending::<()>().await,
         Some(Fault::ResetAfter(bytes)) => damage.break_after = Some(*bytes),
         Some(Fault::Stall(milliseconds)) => {
             damage.stall = Some(Duration::from_millis(*milliseconds));
         }
         Some(Fault::Truncate(bytes)) => damage.truncate = Some(*bytes),
         Some(Fault::WrongByte) => damage.wrong_byte = true,
-        Some(Fault::ResetBefore | Fault::DoThenFail) | None => {}
+        _ => {}
     }
     let answer = shared
         .operations
         .run(kind, asked, body, damage)
         .unwrap_or_else(|failure| failure.answer());
-    Ok(match fault {
-        Some(Fault::DoThenFail) => Failure(504, "GatewayTimeout".to_owned()).answer(),
-        _ => answer,
-    })
+    match fault {
+        Some(Fault::DoThenFail) => Ok(Failure(504, "GatewayTimeout".to_owned()).answer()),
+        Some(Fault::DoThenReset) => Err(BrokenOff),
+        // Objects are damaged where they are read.
+        _ if matches!(kind, Kind::Get | Kind::Head) => Ok(answer),
+        _ => Ok(damaged(answer, damage).await),
+    }
+}
+
+/// A place among those served at once, if there is a limit; `Err` when there is none left.
+fn place(shared: &Shared) -> Result<Option<OwnedSemaphorePermit>, TryAcquireError> {
+    match &*shared.served_at_once.lock() {
+        Some(places) => Arc::clone(places).try_acquire_owned().map(Some),
+        None => Ok(None),
+    }
 }
 
 async fn wait_at_gate(shared: &Shared, kind: Kind) {

@@ -75,17 +75,26 @@ pub(super) struct Counter {
     state: Mutex<State>,
 }
 
+/// A request that is being served; also one that nobody waits for any more ends.
+pub(super) struct AtOnce<'a>(&'a Counter);
+
+impl Drop for AtOnce<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().at_once -= 1;
+    }
+}
+
 impl Counter {
-    pub fn begin(&self, kind: Kind) {
+    pub fn begin(&self, kind: Kind) -> AtOnce<'_> {
         let mut state = self.state.lock();
         state.at_once += 1;
         state.stats.most_at_once = state.stats.most_at_once.max(state.at_once);
         state.stats.kinds.entry(kind).or_default().requests += 1;
+        AtOnce(self)
     }
 
-    pub fn end(&self, logged: Logged) {
+    pub fn answered(&self, logged: Logged) {
         let mut state = self.state.lock();
-        state.at_once -= 1;
         if state.log.len() == REMEMBERED {
             state.log.pop_front();
         }

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_sdk_s3::error::DisplayErrorContext;
 use aws_sdk_s3::primitives::ByteStream;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
@@ -13,8 +14,6 @@ use super::errors::translate;
 use crate::store::metrics::{Request, StoreMetrics};
 use crate::store::{ETag, RangeBody, StoreError, StoreResult};
 
-/// No byte for this long: the connection is given up and another one asked for the rest.
-const STALL: Duration = Duration::from_secs(20);
 /// How often one body may break off without a single byte of progress in between.
 const RESUMPTIONS: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -68,7 +67,22 @@ impl RangeRequest {
         })
     }
 
+    /// Asks for a range: again when the answer is of another one, or of a part of it.
     async fn ask(&self, range: Range<u64>) -> StoreResult<Answer> {
+        let mut failures = 0;
+        loop {
+            match self.try_ask(range.clone()).await {
+                Err(StoreError::Corrupt { object, detail }) if failures < RESUMPTIONS => {
+                    failures += 1;
+                    tracing::debug!(object, detail, "a range was answered wrongly; asking again");
+                    tokio::time::sleep(pause(failures)).await;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn try_ask(&self, range: Range<u64>) -> StoreResult<Answer> {
         self.metrics.count(Request::Get);
         let sent = self
             .client
@@ -131,8 +145,8 @@ impl Stream {
 
     async fn next(&mut self) -> StoreResult<Option<Bytes>> {
         while self.position < self.end {
-            let detail = match tokio::time::timeout(STALL, self.body.try_next()).await {
-                Ok(Ok(Some(mut frame))) => {
+            let detail = match self.body.try_next().await {
+                Ok(Some(mut frame)) => {
                     frame.truncate((self.end - self.position) as usize);
                     if frame.is_empty() {
                         continue;
@@ -142,9 +156,9 @@ impl Stream {
                     self.request.metrics.received(frame.len() as u64);
                     return Ok(Some(frame));
                 }
-                Ok(Ok(None)) => "the answer ended early".to_owned(),
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => format!("no byte for {} s", STALL.as_secs()),
+                Ok(None) => "the answer ended early".to_owned(),
+                // A body that stalls ends with an error, too (see `watch`).
+                Err(error) => DisplayErrorContext(error).to_string(),
             };
             self.resume(&detail).await?;
         }

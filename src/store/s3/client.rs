@@ -17,7 +17,11 @@ use aws_sdk_s3::config::{
 };
 use aws_types::service_config::ServiceConfigKey;
 
+use super::pace::Pace;
+use super::retry::{Classifier, WholeDocuments};
 use super::settings::{S3Settings, SignPayload};
+use super::transport::Transport;
+use crate::store::StoreMetrics;
 use crate::store::location::without_credentials;
 
 /// How often the SDK tries a request before it gives up: with its exponential backoff, about half
@@ -31,9 +35,6 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 const RETRY_QUOTA: usize = 100_000;
 const RETRY_QUOTA_REFILL: f32 = 1_000.0;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A transfer that moves fewer than one byte a second for this long is stalled, and tried again on
-/// another connection. There is no limit on the whole of a request: what moves is never cut off.
-const STALL_GRACE: Duration = Duration::from_secs(20);
 /// Where an endpoint is named and no region is, this one is signed for.
 const DEFAULT_REGION: &str = "us-east-1";
 
@@ -49,7 +50,8 @@ pub struct S3Client {
 }
 
 impl S3Client {
-    pub async fn new(settings: S3Settings) -> Arc<Self> {
+    /// A client for all buckets, which counts in `metrics` what the store refuses.
+    pub async fn new(settings: S3Settings, metrics: Arc<StoreMetrics>) -> Arc<Self> {
         let named = settings.endpoint.clone().or_else(|| {
             let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
             variable("AWS_ENDPOINT_URL_S3").or_else(|| variable("AWS_ENDPOINT_URL"))
@@ -63,11 +65,6 @@ impl S3Client {
             .timeout_config(
                 TimeoutConfig::builder()
                     .connect_timeout(CONNECT_TIMEOUT)
-                    .build(),
-            )
-            .stalled_stream_protection(
-                StalledStreamProtectionConfig::enabled()
-                    .grace_period(STALL_GRACE)
                     .build(),
             );
         if named.is_some() {
@@ -98,6 +95,12 @@ impl S3Client {
                 .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
                 .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
         }
+        config = config
+            .http_client(Transport::new(Pace::new(metrics), settings.patience))
+            // The transport does it.
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .retry_classifier(Classifier)
+            .interceptor(WholeDocuments);
         let quota = TokenBucket::builder()
             .capacity(RETRY_QUOTA)
             .refill_rate(RETRY_QUOTA_REFILL)

@@ -3,18 +3,16 @@
 use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
-use aws_sdk_s3::error::SdkError;
-use aws_sdk_s3::operation::complete_multipart_upload::CompleteMultipartUploadError;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{
     ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart, ObjectCannedAcl,
     ServerSideEncryption, StorageClass,
 };
-use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
+use super::doubt::is_doubtful;
 use super::errors::translate;
-use super::wire::{as_conflict, copy_source, decode_crc, encode_crc, headers, unquoted};
+use super::wire::{as_conflict, copy_source, decode_crc, encode_crc, headers};
 use super::{S3Store, content_type, with_upload_arguments};
 use crate::store::metrics::Request;
 use crate::store::{
@@ -202,32 +200,6 @@ impl S3Store {
         }
     }
 
-    /// Whether a completion that failed has taken place all the same. The upload must be gone
-    /// (nobody else ends it), and the object must be one of these parts, just made.
-    async fn completed_anyway(
-        &self,
-        key: &str,
-        upload_id: &str,
-        parts: &[PartReceipt],
-        since: SystemTime,
-    ) -> bool {
-        let gone = self.list_held_parts(key, upload_id).await;
-        if !matches!(gone, Err(StoreError::UploadGone { .. })) {
-            return false;
-        }
-        let Ok(meta) = self.head_object(key).await else {
-            return false;
-        };
-        let size: u64 = parts.iter().map(|part| part.size).sum();
-        let composite = format!("-{}", parts.len());
-        let shaped = meta
-            .etag
-            .as_ref()
-            .is_some_and(|etag| unquoted(etag.as_str()).ends_with(composite.as_str()));
-        let recent = meta.modified.is_some_and(|modified| modified >= since);
-        meta.size == size && shaped && recent
-    }
-
     pub(super) async fn abort_upload(&self, key: &str, upload_id: &str) -> StoreResult<()> {
         self.metrics.count(Request::AbortMultipart);
         let sent = self
@@ -316,17 +288,5 @@ impl S3Store {
             tracing::warn!(%error, "the upload of a copy that failed could not be aborted");
         }
         finished
-    }
-}
-
-/// Whether the request may have taken effect although it was answered with an error.
-fn is_doubtful(error: &SdkError<CompleteMultipartUploadError, HttpResponse>) -> bool {
-    match error {
-        SdkError::ServiceError(service) => {
-            let gone = service.err().meta().code() == Some("NoSuchUpload");
-            service.raw().status().is_server_error() || gone
-        }
-        SdkError::ConstructionFailure(_) => false,
-        _ => true,
     }
 }

@@ -105,8 +105,19 @@ impl S3Store {
     ) -> StoreResult<Stored> {
         self.metrics.count(Request::Put);
         self.metrics.sent(payload.bytes.len() as u64);
-        self.send_checked(|checksum| Box::pin(self.try_put(key, &payload, &condition, checksum)))
-            .await
+        let sent = self
+            .send_checked(|checksum| Box::pin(self.try_put(key, &payload, &condition, checksum)))
+            .await;
+        if let Err(StoreError::Conflict { object }) = &sent
+            && let Some(stored) = self.put_anyway(key, &payload).await
+        {
+            tracing::info!(
+                object,
+                "the condition is broken by this very write, answered late"
+            );
+            return Ok(stored);
+        }
+        sent
     }
 
     async fn try_put(
@@ -171,8 +182,12 @@ impl S3Store {
             .await
             .map_err(|error| translate(self.object(&source.key), error))?;
         let result = answer.copy_object_result();
+        let Some(etag) = result.and_then(|result| result.e_tag()) else {
+            // An answer that tells nothing promises nothing.
+            return self.verify(target, source.size, None).await;
+        };
         Ok(Stored {
-            etag: result.and_then(|result| result.e_tag()).map(ETag::new),
+            etag: Some(ETag::new(etag)),
             size: source.size,
             modified: result
                 .and_then(|result| result.last_modified())

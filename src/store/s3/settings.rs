@@ -1,6 +1,7 @@
 //! How S3 is reached: the variables that MLflow's users have set already.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -26,7 +27,10 @@ pub struct UploadArguments {
     pub request_payer: Option<String>,
 }
 
-#[derive(Clone, Debug, Default)]
+/// A request may be without progress for this long unless `--close-timeout` says otherwise.
+const PATIENCE: Duration = Duration::from_secs(15 * 60);
+
+#[derive(Clone, Debug)]
 pub struct S3Settings {
     /// `MLFLOW_S3_ENDPOINT_URL`; the SDK reads `AWS_ENDPOINT_URL` and `AWS_ENDPOINT_URL_S3`.
     pub endpoint: Option<String>,
@@ -35,6 +39,23 @@ pub struct S3Settings {
     pub expected_bucket_owner: Option<String>,
     pub upload: UploadArguments,
     pub sign_payload: SignPayload,
+    /// No request is without progress for longer than this. Those that ought to be answered sooner
+    /// have shorter deadlines of their own.
+    pub patience: Duration,
+}
+
+impl Default for S3Settings {
+    fn default() -> Self {
+        Self {
+            endpoint: None,
+            path_style: None,
+            anonymous: false,
+            expected_bucket_owner: None,
+            upload: UploadArguments::default(),
+            sign_payload: SignPayload::default(),
+            patience: PATIENCE,
+        }
+    }
 }
 
 /// A variable that cannot be obeyed.
@@ -101,6 +122,7 @@ impl S3Settings {
             expected_bucket_owner: set("MLFLOW_S3_EXPECTED_BUCKET_OWNER"),
             upload: upload_arguments(set("MLFLOW_S3_UPLOAD_EXTRA_ARGS"))?,
             sign_payload,
+            patience: PATIENCE,
         })
     }
 }
