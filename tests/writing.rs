@@ -4,7 +4,6 @@ mod harness;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
@@ -280,22 +279,6 @@ fn an_unlinked_file_can_be_used_to_the_end_and_leaves_nothing_in_the_store() {
 }
 
 #[test]
-fn a_flush_before_any_write_publishes_nothing() {
-    let lab = Lab::new();
-    lab.put("f", b"old".as_slice());
-    let mount = lab.mount();
-    let mut file = File::create(mount.at("f")).unwrap();
-    drop(file.try_clone().unwrap());
-    assert_eq!(lab.stored("f").unwrap(), b"old");
-    file.write_all(b"new").unwrap();
-    drop(file.try_clone().unwrap());
-    assert_eq!(lab.stored("f").unwrap(), b"new");
-    lab.s3.reset_stats();
-    assert_eq!(close(file), 0);
-    assert_eq!(lab.s3.stats().of(Kind::Put).requests, 0);
-}
-
-#[test]
 fn an_empty_file_is_published_too() {
     let lab = Lab::new();
     let mount = lab.mount();
@@ -304,43 +287,6 @@ fn an_empty_file_is_published_too() {
         lab.stored("empty") == Some(Vec::new())
     });
     assert_eq!(fs::metadata(mount.at("empty")).unwrap().len(), 0);
-}
-
-#[test]
-fn a_child_that_merely_inherited_the_descriptor_does_not_publish_by_exiting() {
-    let lab = Lab::new();
-    let mount = lab.mount();
-    let mut file = File::create(mount.at("f")).unwrap();
-    file.write_all(b"half").unwrap();
-    // SAFETY: between fork and _exit the child calls nothing but _exit.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        // SAFETY: ends the child at once, closing its descriptors.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 0;
-    // SAFETY: waits for the child just made.
-    unsafe { libc::waitpid(child, &mut status, 0) };
-    assert_eq!(lab.stored("f"), None);
-    file.write_all(b" and whole").unwrap();
-    assert_eq!(close(file), 0);
-    assert_eq!(lab.stored("f").unwrap(), b"half and whole");
-}
-
-#[test]
-fn what_a_child_wrote_is_published_when_the_child_ends() {
-    let lab = Lab::new();
-    let mount = lab.mount();
-    let file = File::create(mount.at("f")).unwrap();
-    let kept = file.try_clone().unwrap();
-    let status = Command::new("sh")
-        .args(["-c", "echo from the child"])
-        .stdout(Stdio::from(file))
-        .status()
-        .unwrap();
-    assert!(status.success());
-    assert_eq!(lab.stored("f").unwrap(), b"from the child\n");
-    drop(kept);
 }
 
 #[test]
@@ -359,69 +305,6 @@ fn shell_redirections_and_tools_work() {
     assert!(status.success());
     assert_eq!(lab.stored("f").unwrap(), b"one\ntwo\n");
     assert_eq!(lab.names(), ["all", "f", "h", "i", "x/f", "x/h"]);
-}
-
-#[test]
-fn a_shared_mapping_is_written_back_even_after_close() {
-    let lab = Lab::new();
-    let mount = lab.mount();
-    let size = 1 << 20;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(mount.at("f"))
-        .unwrap();
-    file.set_len(size as u64).unwrap();
-    // SAFETY: maps the whole of a file that nobody truncates.
-    let map = unsafe {
-        let address = libc::mmap(
-            std::ptr::null_mut(),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        );
-        assert_ne!(address, libc::MAP_FAILED);
-        std::slice::from_raw_parts_mut(address.cast::<u8>(), size)
-    };
-    map[..5].copy_from_slice(b"start");
-    assert_eq!(close(file), 0);
-    assert_eq!(&lab.stored("f").unwrap()[..5], b"start");
-    map[size - 3..].copy_from_slice(b"end");
-    // SAFETY: the mapping made above.
-    unsafe { libc::munmap(map.as_mut_ptr().cast(), size) };
-    wait_until("the last stores to be published", || {
-        lab.stored("f").unwrap().ends_with(b"end")
-    });
-}
-
-#[test]
-fn two_writers_of_one_file_and_a_reader_see_each_other() {
-    let lab = Lab::new();
-    let mount = lab.mount();
-    let mut one = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(mount.at("f"))
-        .unwrap();
-    let mut two = OpenOptions::new().append(true).open(mount.at("f")).unwrap();
-    for _ in 0..10 {
-        one.write_all(b"one ").unwrap();
-        two.write_all(b"two ").unwrap();
-    }
-    assert_eq!(
-        fs::read_to_string(mount.at("f")).unwrap(),
-        "one two ".repeat(10)
-    );
-    assert_eq!(close(one), 0);
-    two.write_all(b"end").unwrap();
-    assert_eq!(close(two), 0);
-    assert_eq!(
-        String::from_utf8(lab.stored("f").unwrap()).unwrap(),
-        "one two ".repeat(10) + "end"
-    );
 }
 
 #[test]
@@ -548,23 +431,4 @@ fn the_descriptor_of_a_file_survives_its_replacement() {
     assert_eq!(fs::read(mount.at("f")).unwrap(), b"new");
     assert_eq!(lab.names(), ["f"]);
     assert_eq!(errno(fs::metadata(mount.at(".f.tmp"))), libc::ENOENT);
-}
-
-#[test]
-fn descriptors_made_elsewhere_close_like_ours() {
-    let lab = Lab::new();
-    let mount = lab.mount();
-    let path = std::ffi::CString::new(mount.at("f").to_str().unwrap()).unwrap();
-    // SAFETY: a valid C string; the descriptor is owned by the File at once.
-    let mut file = unsafe {
-        let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_EXCL;
-        File::from_raw_fd(libc::open(path.as_ptr(), flags, 0o600))
-    };
-    file.write_all(b"x").unwrap();
-    assert_eq!(close(file), 0);
-    let again = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(mount.at("f"));
-    assert_eq!(errno(again), libc::EEXIST);
 }

@@ -224,9 +224,12 @@ impl Draft {
             size,
         }));
         state.base_limit = size.min(state.low_water);
-        state
-            .chunks
-            .retain(|index, chunk| versions.get(index) != Some(&chunk.version));
+        let geometry = state.geometry;
+        state.chunks.retain(|index, chunk| {
+            // What another writer appended while it was sent is beyond the object's end.
+            let end = geometry.range(*index).start + chunk.local.end;
+            versions.get(index) != Some(&chunk.version) || end > size
+        });
         for chunk in state.chunks.values_mut() {
             chunk.sent = None;
         }

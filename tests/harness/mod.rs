@@ -128,6 +128,25 @@ impl Lab {
         self.s3.put_at(BUCKET, &key, bytes.into(), later);
     }
 
+    /// What the journals of every mount of this lab say, each as it is now.
+    pub fn journals(&self) -> Vec<String> {
+        let spill = self.folder().join(".cache/mlfs/spill");
+        let folders = std::fs::read_dir(spill).into_iter().flatten().flatten();
+        let files = folders.flat_map(|folder| std::fs::read_dir(folder.path()));
+        let journals = files.flatten().flatten().map(|file| file.path());
+        journals
+            .filter(|path| path.extension().is_some_and(|it| it == "journal"))
+            .filter_map(|path| std::fs::read_to_string(path).ok())
+            .collect()
+    }
+
+    /// How many of them say that their file is closed.
+    pub fn journals_of_closed_files(&self) -> usize {
+        let journals = self.journals();
+        let closed = |journal: &&String| journal.contains("\"closed\":true");
+        journals.iter().filter(closed).count()
+    }
+
     /// Names of the run's artifacts in the store.
     pub fn names(&self) -> Vec<String> {
         let prefix = format!("{PREFIX}/");
