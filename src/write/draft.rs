@@ -111,7 +111,7 @@ impl Draft {
             base_limit: size,
             low_water: size,
             size,
-            geometry: Geometry::new(writer.options.part_size, size),
+            geometry: Geometry::over(writer.options.part_size, size),
             chunks: BTreeMap::new(),
             queued: BTreeSet::new(),
             generation: 0,

@@ -263,6 +263,7 @@ impl State {
             at: now_precisely(),
             size: self.size,
             part_size: self.geometry.first(),
+            joint: self.geometry.joint(),
             base,
             chunks,
         })
