@@ -3,11 +3,11 @@
 mod harness;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use harness::{Lab, close, errno, noise, wait_until};
+use harness::{Lab, close, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 const PART: usize = 5 << 20;
@@ -67,27 +67,13 @@ fn a_failed_close_is_an_errno_and_the_bytes_stay_and_are_sent_again() {
     assert_eq!(close(file), libc::EACCES);
     assert_eq!(fs::read(mount.at("f")).unwrap(), b"precious");
     lab.expect_log("AccessDenied");
+    // The kernel lets go of the file a little later, and that tries once more.
+    mount.upload("failed");
     lab.s3.set_faults(1, Vec::new());
     fs::write(mount.path.join(".mlfs/drain"), b"now").unwrap();
     wait_until("the bytes to be stored", || {
         lab.stored("f").as_deref() == Some(b"precious")
     });
-}
-
-#[test]
-fn an_overwrite_shows_the_old_object_or_the_new_and_nothing_between() {
-    let lab = Lab::new();
-    lab.put("f", vec![1; 3 * PART]);
-    let mount = lab.mount_with(SMALL_PARTS);
-    let mut file = File::create(mount.at("f")).unwrap();
-    let new = noise(2 * PART + 7);
-    file.write_all(&new).unwrap();
-    assert!(lab.stored("f").unwrap() == vec![1; 3 * PART]);
-    // This mount's readers see what was written.
-    assert!(fs::read(mount.at("f")).unwrap() == new);
-    assert_eq!(close(file), 0);
-    assert!(lab.stored("f").unwrap() == new);
-    assert!(fs::read(mount.at("f")).unwrap() == new);
 }
 
 #[test]
@@ -200,85 +186,6 @@ fn holes_read_as_zeros_here_and_in_the_store() {
 }
 
 #[test]
-fn a_file_renamed_before_it_is_closed_is_published_once_under_its_last_name() {
-    let lab = Lab::new();
-    let mount = lab.mount_with(SMALL_PARTS);
-    let data = noise(2 * PART + 5);
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(mount.at(".tmpXYZ"))
-        .unwrap();
-    file.set_len(data.len() as u64).unwrap();
-    file.write_all(&data).unwrap();
-    fs::rename(mount.at(".tmpXYZ"), mount.at("model.safetensors")).unwrap();
-    assert_eq!(lab.names(), Vec::<String>::new());
-    assert_eq!(close(file), 0);
-    assert_eq!(lab.names(), ["model.safetensors"]);
-    assert!(lab.stored("model.safetensors").unwrap() == data);
-    let stats = lab.s3.stats();
-    assert_eq!(stats.of(Kind::Copy).requests, 0);
-    assert_eq!(stats.of(Kind::UploadPart).bytes_in, data.len() as u64);
-}
-
-#[test]
-fn a_file_renamed_while_parts_of_it_are_sent_is_whole_under_the_new_name_only() {
-    let lab = Lab::new();
-    let mount = lab.mount_with(SMALL_PARTS);
-    let data = noise(4 * PART + 5);
-    let mut file = File::create(mount.at("first")).unwrap();
-    file.write_all(&data[..3 * PART]).unwrap();
-    wait_until("a part to be sent", || {
-        lab.s3.stats().of(Kind::UploadPart).requests > 0
-    });
-    fs::create_dir(mount.at("d")).unwrap();
-    fs::rename(mount.at("first"), mount.at("d/second")).unwrap();
-    file.write_all(&data[3 * PART..]).unwrap();
-    assert_eq!(close(file), 0);
-    assert_eq!(lab.names(), ["d/second"]);
-    assert!(lab.stored("d/second").unwrap() == data);
-    wait_until("the first upload to be given up", || lab.s3.uploads() == 0);
-}
-
-#[test]
-fn a_directory_renamed_with_open_files_takes_them_along() {
-    let lab = Lab::new();
-    let mount = lab.mount_with(SMALL_PARTS);
-    fs::create_dir(mount.at("from")).unwrap();
-    fs::write(mount.at("from/closed"), b"closed").unwrap();
-    let mut file = File::create(mount.at("from/open")).unwrap();
-    file.write_all(b"open").unwrap();
-    fs::rename(mount.at("from"), mount.at("to")).unwrap();
-    assert_eq!(close(file), 0);
-    assert_eq!(lab.names(), ["to/closed", "to/open"]);
-    assert_eq!(fs::read(mount.at("to/open")).unwrap(), b"open");
-}
-
-#[test]
-fn an_unlinked_file_can_be_used_to_the_end_and_leaves_nothing_in_the_store() {
-    let lab = Lab::new();
-    let mount = lab.mount_with(SMALL_PARTS);
-    let data = noise(2 * PART);
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(mount.at("f"))
-        .unwrap();
-    file.write_all(&data).unwrap();
-    fs::remove_file(mount.at("f")).unwrap();
-    file.write_all(b"more").unwrap();
-    let mut read = Vec::new();
-    file.seek(SeekFrom::Start(0)).unwrap();
-    file.read_to_end(&mut read).unwrap();
-    assert_eq!(read.len(), data.len() + 4);
-    assert_eq!(close(file), 0);
-    wait_until("the upload to be given up", || lab.s3.uploads() == 0);
-    assert_eq!(lab.names(), Vec::<String>::new());
-}
-
-#[test]
 fn an_empty_file_is_published_too() {
     let lab = Lab::new();
     let mount = lab.mount();
@@ -305,22 +212,6 @@ fn shell_redirections_and_tools_work() {
     assert!(status.success());
     assert_eq!(lab.stored("f").unwrap(), b"one\ntwo\n");
     assert_eq!(lab.names(), ["all", "f", "h", "i", "x/f", "x/h"]);
-}
-
-#[test]
-fn somebody_elses_overwrite_makes_a_partial_modification_fail_with_estale() {
-    let lab = Lab::new();
-    lab.put("f", noise(3 * PART));
-    let mount = lab.mount_with(SMALL_PARTS);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(mount.at("f"))
-        .unwrap();
-    file.write_all_at(b"mine", 10).unwrap();
-    lab.put("f", b"theirs".as_slice());
-    assert_eq!(close(file), libc::ESTALE);
-    assert_eq!(lab.stored("f").unwrap(), b"theirs");
 }
 
 #[test]
@@ -419,16 +310,4 @@ fn a_killed_writer_holds_nothing_up() {
     child.wait().unwrap();
     fs::remove_file(mount.at("f")).unwrap();
     assert!(mount.unmount().status.success());
-}
-
-#[test]
-fn the_descriptor_of_a_file_survives_its_replacement() {
-    let lab = Lab::new();
-    lab.put("f", b"old".as_slice());
-    let mount = lab.mount();
-    fs::write(mount.at(".f.tmp"), b"new").unwrap();
-    fs::rename(mount.at(".f.tmp"), mount.at("f")).unwrap();
-    assert_eq!(fs::read(mount.at("f")).unwrap(), b"new");
-    assert_eq!(lab.names(), ["f"]);
-    assert_eq!(errno(fs::metadata(mount.at(".f.tmp"))), libc::ENOENT);
 }

@@ -178,6 +178,20 @@ impl Mount<'_> {
         serde_json::from_slice(&text).expect("the status is JSON")
     }
 
+    /// Waits until the only upload that is not done has this state, and returns its id.
+    pub fn upload(&self, state: &str) -> String {
+        let mut id = None;
+        wait_until(&format!("one upload, {state}"), || {
+            let status = self.status();
+            id = match &status["uploads"].as_array().expect("a list")[..] {
+                [upload] if upload["state"] == state => upload["id"].as_str().map(str::to_owned),
+                _ => None,
+            };
+            id.is_some()
+        });
+        id.expect("it was waited for")
+    }
+
     pub fn pid(&self) -> i32 {
         self.status()["pid"].as_i64().expect("a pid") as i32
     }
