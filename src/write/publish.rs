@@ -76,6 +76,7 @@ impl Draft {
                 }
                 Ok(None) => {}
                 Err(error) => {
+                    let error = self.as_conflict(error);
                     self.note_failure(&error);
                     let lost = matches!(&error, WriteError::Store(StoreError::UploadGone { .. }));
                     if !lost || last.is_some() {
@@ -363,6 +364,17 @@ impl Draft {
         if recorded && state.generation != snapshot.generation {
             drop(state);
             let _ = self.append_manifest(false);
+        }
+    }
+
+    /// An object underneath that is gone is one that somebody else has changed.
+    fn as_conflict(&self, error: WriteError) -> WriteError {
+        let over = self.state.lock().base.is_some();
+        match error {
+            WriteError::Store(StoreError::NotFound { object }) if over => {
+                StoreError::Changed { object }.into()
+            }
+            error => error,
         }
     }
 
