@@ -142,6 +142,38 @@ fn one_small_overwrite_of_a_large_object_sends_one_part() {
 }
 
 #[test]
+fn four_kibibytes_over_the_border_of_two_parts_of_a_gibibyte_send_two_parts() {
+    const SIZE: u64 = 1 << 30;
+    const DEFAULT_PART: u64 = 16 << 20;
+    let lab = Lab::new();
+    let key = |name: &str| format!("{}/{name}", harness::PREFIX);
+    for name in ["f", "original"] {
+        let head = b"head".as_slice();
+        lab.s3
+            .put_generated(harness::BUCKET, &key(name), head, SIZE);
+    }
+    let mount = lab.mount();
+    let at = 37 * DEFAULT_PART - 2048;
+    let file = OpenOptions::new().write(true).open(mount.at("f")).unwrap();
+    file.write_all_at(&[9; 4096], at).unwrap();
+    assert_eq!(close(file), 0);
+    let stats = lab.s3.stats();
+    assert!(stats.of(Kind::UploadPart).bytes_in <= 2 * DEFAULT_PART);
+    for start in (0..SIZE).step_by(DEFAULT_PART as usize) {
+        let range = start..start + DEFAULT_PART;
+        let told = lab.s3.range(harness::BUCKET, &key("f"), range.clone());
+        let mut expected = lab.s3.range(harness::BUCKET, &key("original"), range);
+        for offset in
+            (at..at + 4096).filter(|offset| (start..start + DEFAULT_PART).contains(offset))
+        {
+            expected.as_mut().unwrap()[(offset - start) as usize] = 9;
+        }
+        assert!(told == expected, "{start}");
+    }
+    assert_eq!(fs::metadata(mount.at("f")).unwrap().len(), SIZE);
+}
+
+#[test]
 fn a_header_rewritten_at_the_end_sends_its_part_again() {
     let lab = Lab::new();
     let mount = lab.mount_with(SMALL_PARTS);
@@ -183,6 +215,51 @@ fn holes_read_as_zeros_here_and_in_the_store() {
     assert_eq!(stored.len(), size);
     assert_eq!((stored[100], stored[size - 1]), (b'y', b'x'));
     assert_eq!(stored.iter().filter(|byte| **byte != 0).count(), 2);
+}
+
+#[test]
+fn a_hole_of_many_parts_is_zeros_and_what_is_behind_it_is_whole() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(PART + 99);
+    let mut expected = vec![0; 6 * PART + 1000];
+    // A new file that begins with a hole, then a stored one that gets another.
+    for _ in 0..2 {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(mount.at("f"))
+            .unwrap();
+        file.write_all_at(&data, expected.len() as u64).unwrap();
+        expected.extend_from_slice(&data);
+        assert_eq!(close(file), 0);
+        assert!(lab.stored("f").unwrap() == expected);
+        assert!(fs::read(mount.at("f")).unwrap() == expected);
+        expected.resize(expected.len() + 5 * PART, 0);
+    }
+    // A hole at the end of a stored file.
+    let file = OpenOptions::new().write(true).open(mount.at("f")).unwrap();
+    file.set_len(expected.len() as u64).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == expected);
+    assert_eq!(lab.s3.uploads(), 0);
+}
+
+#[test]
+fn a_file_whose_size_is_set_first_is_sent_once() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(4 * PART + 11);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.set_len(data.len() as u64).unwrap();
+    for piece in data.chunks(700_000) {
+        file.write_all(piece).unwrap();
+    }
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    let sent = lab.s3.stats().of(Kind::UploadPart);
+    assert_eq!((sent.requests, sent.bytes_in), (5, data.len() as u64));
 }
 
 #[test]

@@ -141,7 +141,12 @@ impl Chunk {
                 if !file.grow(range.end.max(self.local.end)) {
                     return Err(Refusal::Room);
                 }
-                file.write(data, at).map_err(Refusal::Error)?;
+                if let Err(error) = file.write(data, at) {
+                    // Some of it may be there: the run is no longer what was summed up, or sent.
+                    self.crc32c = None;
+                    self.sent = None;
+                    return Err(Refusal::Error(error));
+                }
             }
             Data::Memory(buffer) => Buffer::write(buffer, room, at, data, size)?,
         }

@@ -17,8 +17,9 @@ pub const MAXIMUM_PARTS: u64 = 10_000;
 const PARTS_PER_STEP: u64 = 2_000;
 const STEPS: u64 = MAXIMUM_PARTS / PARTS_PER_STEP;
 
-/// S3's smallest part but for the last, bytes.
-const SMALLEST_PART: u64 = 5 << 20;
+/// S3's smallest part but for the last, bytes. A part before a joint is longer than its neighbours
+/// by less than this.
+pub const SMALLEST_PART: u64 = 5 << 20;
 
 /// The cut of a file into chunks; chunk `index` travels as part `index + 1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

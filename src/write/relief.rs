@@ -3,7 +3,7 @@
 //! In this order: blocks that readers cached (the budget sees to that itself); chunks of a
 //! sequential writer that the store holds already, oldest first, keeping the first and the last;
 //! then a wait for what is on its way; then chunks that nobody is sending go to disk; and when
-//! the spill is full too, drafts that were held back for their name are sent after all. A writer
+//! the spill, or the disk under it, is full too, drafts that were held back for their name are sent after all. A writer
 //! waits meanwhile. Only when nothing is on its way and nothing can give way does a write fail.
 
 use std::sync::Arc;
@@ -38,8 +38,15 @@ impl Writer {
                 return Ok(());
             }
             let on_its_way = self.in_flight.load(Ordering::Relaxed) > 0;
-            if !on_its_way && (self.spill_oldest().await? || self.send_held()) {
-                return Ok(());
+            if !on_its_way {
+                match self.spill_oldest().await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) if self.send_held() => return Ok(()),
+                    Ok(false) => {}
+                    // The disk is full, or fails: what can be sent need not lie on it.
+                    Err(_) if self.send_held() => return Ok(()),
+                    Err(error) => return Err(error),
+                }
             }
             if tokio::time::timeout(PATIENCE, freed).await.is_ok() {
                 return Ok(());
