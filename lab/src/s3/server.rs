@@ -164,6 +164,12 @@ impl S3Server {
         Some(object.content.slice(range).concat())
     }
 
+    /// An object's size, bytes: also of one whose bytes were not kept.
+    pub fn size(&self, bucket: &str, key: &str) -> Option<u64> {
+        let object = self.shared.objects.get(bucket, key)?;
+        Some(object.content.size())
+    }
+
     pub fn put(&self, bucket: &str, key: &str, bytes: impl Into<Bytes>) {
         self.put_at(bucket, key, bytes, SystemTime::now());
     }
