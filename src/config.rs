@@ -11,11 +11,11 @@ use clap::{Args, ValueEnum};
 
 use crate::read::DiskOptions;
 use crate::store::s3::SignPayload;
+use crate::write::SMALLEST_PART;
 pub use units::{parse_duration, parse_size};
 
 const MIB: u64 = 1 << 20;
-/// S3 takes no smaller part but the last, and no larger.
-const SMALLEST_PART: u64 = 5 * MIB;
+/// S3 takes no larger part.
 const LARGEST_PART: u64 = 5 << 30;
 /// Below this there is no room for one part to write, one to send, and some blocks to read.
 const SMALLEST_MEMORY: u64 = 64 * MIB;

@@ -40,6 +40,7 @@ use pool::Pool;
 
 pub use draft::{Draft, Progress};
 pub use error::WriteError;
+pub use geometry::SMALLEST_PART;
 pub use patience::Patience;
 pub use recovery::{Leftover, ResumeError};
 pub use spill::Spill;

@@ -45,6 +45,32 @@ fn a_stored_file_written_to_after_its_removal_does_not_come_back() {
 }
 
 #[test]
+fn who_reads_a_file_that_is_removed_or_replaced_meanwhile_gets_its_bytes_or_an_error() {
+    let lab = Lab::new();
+    let data = noise(4 << 20);
+    lab.put("removed", data.clone());
+    lab.put("replaced", data.clone());
+    let mount = lab.mount();
+    for (name, gone) in [("removed", libc::ENOENT), ("replaced", libc::ESTALE)] {
+        let file = File::open(mount.at(name)).unwrap();
+        let mut start = [0; 4096];
+        file.read_exact_at(&mut start, 0).unwrap();
+        if name == "removed" {
+            fs::remove_file(mount.at(name)).unwrap();
+        } else {
+            fs::write(mount.at("new"), b"new").unwrap();
+            fs::rename(mount.at("new"), mount.at(name)).unwrap();
+        }
+        assert_eq!(file.metadata().unwrap().len(), data.len() as u64);
+        file.read_exact_at(&mut start, 0).unwrap();
+        assert!(start[..] == data[..4096]);
+        // Never an early end.
+        let rest = file.read_at(&mut start, 3 << 20);
+        assert_eq!(errno(rest), gone, "{name}");
+    }
+}
+
+#[test]
 fn a_replaced_file_written_to_afterwards_leaves_its_successor_alone() {
     let lab = Lab::new();
     lab.put("f", b"old".as_slice());

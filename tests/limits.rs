@@ -5,8 +5,10 @@ mod harness;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::sync::Barrier;
 
-use harness::{Lab, close, errno, noise};
+use harness::{Lab, Mount, close, errno, noise};
+use mlfs_lab::s3::{Kind, ServerOptions};
 
 const PART: usize = 5 << 20;
 /// Room for a dozen parts in memory and two on disk.
@@ -19,6 +21,14 @@ const NARROW: &[&str] = &[
     "10MiB",
 ];
 
+fn peaks_are_within_the_limits(mount: &Mount<'_>) {
+    let status = mount.status();
+    for budget in ["memory", "spill"] {
+        let told = |what: &str| status[budget][what].as_u64().unwrap();
+        assert!(told("peak") <= told("limit"), "{budget}");
+    }
+}
+
 #[test]
 fn a_file_larger_than_memory_and_spill_is_written_within_them() {
     let lab = Lab::new();
@@ -28,10 +38,71 @@ fn a_file_larger_than_memory_and_spill_is_written_within_them() {
     file.write_all(&data).unwrap();
     assert_eq!(close(file), 0);
     assert!(lab.stored("f").unwrap() == data);
-    let status = mount.status();
-    for budget in ["memory", "spill"] {
-        assert!(status[budget]["peak"].as_u64() <= status[budget]["limit"].as_u64());
+    peaks_are_within_the_limits(&mount);
+}
+
+/// Bytes of the large file below, unless `MLFS_LARGE_FILE` says otherwise.
+const LARGE_FILE: u64 = 2 << 30;
+
+#[test]
+fn a_file_many_times_larger_than_memory_and_spill_together_is_written_within_them() {
+    let asked = std::env::var("MLFS_LARGE_FILE").ok();
+    let size = asked.map_or(LARGE_FILE, |text| text.parse().expect("a number of bytes"));
+    // The server checks each part's checksum, and keeps no byte.
+    let lab = Lab::with(ServerOptions {
+        discard_bodies: true,
+        ..ServerOptions::default()
+    });
+    let limits = match size > LARGE_FILE {
+        true => ["512MiB", "1GiB"],
+        false => ["64MiB", "64MiB"],
+    };
+    let mount = lab.mount_with(&["--memory", limits[0], "--spill-size", limits[1]]);
+    let piece = noise(1 << 20);
+    let mut file = File::create(mount.at("f")).unwrap();
+    for _ in 0..size >> 20 {
+        file.write_all(&piece).unwrap();
     }
+    assert_eq!(close(file), 0);
+    let key = format!("{}/f", harness::PREFIX);
+    assert_eq!(lab.s3.size(harness::BUCKET, &key), Some(size >> 20 << 20));
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).bytes_in, size);
+    assert_eq!(lab.s3.uploads(), 0);
+    peaks_are_within_the_limits(&mount);
+}
+
+#[test]
+fn sixty_four_files_written_at_once_are_written_within_the_limits() {
+    const FILES: usize = 64;
+    let lab = Lab::new();
+    // Together there is room for the part that each file is at, and for little more.
+    let mount = lab.mount_with(&[
+        "--part-size",
+        "5MiB",
+        "--memory",
+        "160MiB",
+        "--spill-size",
+        "320MiB",
+    ]);
+    let data = noise(2 * PART + (1 << 20));
+    let (mount, data, started) = (&mount, &data[..], &Barrier::new(FILES));
+    std::thread::scope(|scope| {
+        for index in 0..FILES {
+            scope.spawn(move || {
+                let mut file = File::create(mount.at(&format!("f{index}"))).unwrap();
+                started.wait();
+                for piece in data.chunks(300_000) {
+                    file.write_all(piece).unwrap();
+                }
+                assert_eq!(close(file), 0);
+            });
+        }
+    });
+    for index in 0..FILES {
+        assert!(lab.stored(&format!("f{index}")).unwrap() == data);
+    }
+    assert_eq!(lab.s3.uploads(), 0);
+    peaks_are_within_the_limits(mount);
 }
 
 #[test]

@@ -4,10 +4,16 @@
 //! `MLFS_MODEL_CASES` sets how many sequences are tried. A sequence that fails is shrunk and
 //! printed, and kept in `tests/model.proptest-regressions` to be tried first from then on.
 
+#[path = "model/checks.rs"]
+mod checks;
 #[path = "model/driver.rs"]
 mod driver;
+#[path = "model/handles.rs"]
+mod handles;
 #[path = "model/mount.rs"]
 mod mount;
+#[path = "model/names.rs"]
+mod names;
 #[path = "model/operations.rs"]
 mod operations;
 #[path = "model/reference.rs"]

@@ -71,9 +71,7 @@ fn parts_that_the_store_lacks_are_sent_from_the_disk() {
     let writer = write_in_background(mount.at("f"), data.clone());
     // Held parts do not keep the close from being written down.
     wait_until("the close to be in the journal", || {
-        journals(&lab)
-            .iter()
-            .any(|journal| journal.contains("\"closed\":true"))
+        lab.journals_of_closed_files() == 1
     });
     kill(&mount);
     assert!(!writer.join().unwrap());
@@ -84,19 +82,6 @@ fn parts_that_the_store_lacks_are_sent_from_the_disk() {
     wait_until("it to be forgotten", || uploads(&next).is_empty());
     // What is left are the lock of this mount, and nothing of the former.
     wait_until("the disk to be tidy", || spill_files(&lab) == 1);
-}
-
-fn journals(lab: &Lab) -> Vec<String> {
-    let spill = lab.folder().join(".cache/mlfs/spill");
-    let mut found = Vec::new();
-    for folder in fs::read_dir(spill).into_iter().flatten().flatten() {
-        for file in fs::read_dir(folder.path()).into_iter().flatten().flatten() {
-            if file.file_name().to_string_lossy().ends_with(".journal") {
-                found.extend(fs::read_to_string(file.path()));
-            }
-        }
-    }
-    found
 }
 
 #[test]
@@ -254,7 +239,7 @@ fn another_servers_uploads_are_left_alone() {
     let spill = lab.folder().join(".cache/mlfs/spill");
     let next = elsewhere.mount_with(&["--spill-dir", spill.to_str().unwrap()]);
     assert!(uploads(&next).is_empty());
-    assert!(!journals(&lab).is_empty());
+    assert!(!lab.journals().is_empty());
 }
 
 #[test]
@@ -377,17 +362,12 @@ fn kill_while_closing(lab: &Lab, mount: &Mount<'_>, name: &str, content: &[u8]) 
 }
 
 fn kill_while_closing_held(lab: &Lab, mount: &Mount<'_>, name: &str, content: &[u8]) {
-    let closed = || {
-        let journals = journals(lab);
-        journals
-            .iter()
-            .filter(|journal| journal.contains("\"closed\":true"))
-            .count()
-    };
     lab.s3.hold(Kind::Put);
-    let before = closed();
+    let before = lab.journals_of_closed_files();
     let writer = write_in_background(mount.at(name), content.to_vec());
-    wait_until("the close to be in the journal", || closed() > before);
+    wait_until("the close to be in the journal", || {
+        lab.journals_of_closed_files() > before
+    });
     kill(mount);
     writer.join().unwrap();
 }

@@ -22,7 +22,7 @@ use crate::tracking::Tracking;
 use crate::tracking::rest::RestTracking;
 use crate::tracking::settings::{SettingError, TrackingSettings};
 use crate::vfs::{UploadStatus, Vfs, VfsOptions};
-use crate::write::{Spill, WriteOptions, Writer};
+use crate::write::{SMALLEST_PART, Spill, WriteOptions, Writer};
 
 /// How often what is pending is looked at while a mount ends.
 const LOOK: Duration = Duration::from_millis(50);
@@ -183,7 +183,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     let shared: Arc<Stores> = Arc::clone(&stores);
     let catalog = Catalog::new(tracking, shared, config.metadata_ttl);
     let read_floor = config.memory / FLOOR_SHARE;
-    let transfer_floor = (config.memory / FLOOR_SHARE).max(config.part_size);
+    let transfer_floor = (config.memory / FLOOR_SHARE).max(config.part_size + SMALLEST_PART);
     let memory = Budget::new(config.memory, 0, read_floor, transfer_floor);
     let reader = Reader::new(
         Arc::clone(&memory),

@@ -78,7 +78,12 @@ impl File {
         let published = state.published.as_ref();
         let size = match &state.draft {
             Some(draft) => draft.size(),
-            None => published.map_or(0, |info| info.size),
+            None => match (&state.reader, published) {
+                // Who has it open goes on to see what was removed or replaced since.
+                (Some(reader), _) => reader.size(),
+                (None, Some(info)) => info.size,
+                (None, None) => 0,
+            },
         };
         let time = state
             .modified

@@ -103,6 +103,10 @@ impl Vfs {
         let target = self.target(inode).await?;
         let keep_cache = {
             let mut state = file.state();
+            if state.unlinked && state.draft.is_none() && state.reader.is_none() {
+                // Removed or replaced since the kernel looked it up: it looks again.
+                return Err(VfsError::STALE);
+            }
             state.handles += 1;
             state.writers += usize::from(access.write);
             self.note_kernel_version(&mut state, &target)
@@ -137,7 +141,11 @@ impl Vfs {
         keep
     }
 
-    fn reader_of(&self, state: &mut FileState, target: &Target) -> Option<Arc<ObjectReader>> {
+    pub(super) fn reader_of(
+        &self,
+        state: &mut FileState,
+        target: &Target,
+    ) -> Option<Arc<ObjectReader>> {
         if let Some(reader) = &state.reader {
             return Some(Arc::clone(reader));
         }

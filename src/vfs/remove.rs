@@ -10,6 +10,7 @@ use super::lookup::{Place, exists_locally};
 use super::names;
 use super::tree::{Inode, Kind};
 use super::{EntryAttributes, Vfs};
+use crate::write::Target;
 
 impl Vfs {
     /// Makes a directory. It lives here until a file is in it: stores know no empty ones.
@@ -133,7 +134,7 @@ impl Vfs {
         if file.state().published.is_some() {
             place.location.store.delete(&[place.key(name)]).await?;
         }
-        self.detach(&file).await;
+        self.detach(&file, &place.target(name)).await;
         place.directory.names.lock().change(name, None);
         let mut tree = self.tree.lock();
         tree.unlink(parent, name);
@@ -142,9 +143,13 @@ impl Vfs {
     }
 
     /// The file has no name any more: nothing of it will be published.
-    pub(super) async fn detach(&self, file: &File) {
+    pub(super) async fn detach(&self, file: &File, target: &Target) {
         let draft = {
             let mut state = file.state();
+            if state.handles > 0 && state.draft.is_none() {
+                // Who has it open goes on to see this version of it.
+                self.reader_of(&mut state, target);
+            }
             state.published = None;
             state.unlinked = true;
             state.draft.clone()

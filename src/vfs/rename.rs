@@ -132,7 +132,7 @@ impl Vfs {
         }
         if let Some((_, other)) = &replaced {
             let covered = other.state().published.clone();
-            self.detach(other).await;
+            self.detach(other, &to.target()).await;
             let mut state = file.state();
             // The object of the replaced file stays until this one takes its place.
             state.published = state.published.take().or(covered);

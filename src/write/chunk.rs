@@ -144,8 +144,9 @@ impl Chunk {
                     return Err(Refusal::Room);
                 }
                 if let Err(error) = file.write(data, at) {
-                    // Some of it may have been written.
+                    // Some of it may be there: the run is no longer what was summed up, or sent.
                     self.crc32c = None;
+                    self.sent = None;
                     return Err(Refusal::Error(error));
                 }
             }

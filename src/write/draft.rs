@@ -121,7 +121,7 @@ impl Draft {
             base_limit: size,
             low_water: size,
             size,
-            geometry: Geometry::new(writer.options.part_size, size),
+            geometry: Geometry::over(writer.options.part_size, size),
             chunks: BTreeMap::new(),
             queued: BTreeSet::new(),
             generation: 0,
@@ -475,26 +475,6 @@ const BASE_STEP: u64 = 1 << 20;
 const LONGEST_STEP: u64 = 4 << 20;
 
 impl State {
-    /// The file is another than the journal has it, or about to be.
-    pub(super) fn note_change(&mut self) {
-        if std::mem::take(&mut self.recorded) {
-            self.note(&Record::Changed);
-        }
-    }
-
-    /// A chunk that is on disk only is written to where it lies: before its bytes change, the
-    /// journal says so.
-    fn note_rewriting(&mut self, index: u32) {
-        let Some(Data::Spilled(file)) = self.chunks.get(&index).map(|chunk| &chunk.data) else {
-            return;
-        };
-        let named = self.named.iter().any(|named| Arc::ptr_eq(named, file));
-        self.note_change();
-        if named && self.rewritten.insert(index) {
-            self.note(&Record::Rewritten { index });
-        }
-    }
-
     fn write_chunk(
         &mut self,
         writer: &Writer,

@@ -94,6 +94,9 @@ pub struct Manifest {
     pub size: u64,
     /// Bytes of the first chunks.
     pub part_size: u64,
+    /// Where the object underneath ends, if that is a cut of its own; else 0.
+    #[serde(default)]
+    pub joint: u64,
     pub base: Option<Base>,
     pub chunks: Vec<ChunkRecord>,
 }
@@ -423,6 +426,7 @@ mod tests {
                 at: 1,
                 size: 10,
                 part_size: 5,
+                joint: 0,
                 base: None,
                 chunks: Vec::new(),
             }),

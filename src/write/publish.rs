@@ -77,6 +77,7 @@ impl Draft {
                 }
                 Ok(None) => {}
                 Err(error) => {
+                    let error = self.as_conflict(error);
                     self.note_failure(&error);
                     let lost = matches!(&error, WriteError::Store(StoreError::UploadGone { .. }));
                     if !lost || last.is_some() {
@@ -249,9 +250,12 @@ impl Draft {
             size,
         }));
         state.base_limit = size.min(state.low_water);
-        state
-            .chunks
-            .retain(|index, chunk| versions.get(index) != Some(&chunk.version));
+        let geometry = state.geometry;
+        state.chunks.retain(|index, chunk| {
+            // What another writer appended while it was sent is beyond the object's end.
+            let end = geometry.range(*index).start + chunk.local.end;
+            versions.get(index) != Some(&chunk.version) || end > size
+        });
         for chunk in state.chunks.values_mut() {
             chunk.sent = None;
         }
@@ -402,6 +406,17 @@ impl Draft {
                 tracing::warn!(key, %error, "left behind under a name that the file has no longer");
             }
         });
+    }
+
+    /// An object underneath that is gone is one that somebody else has changed.
+    fn as_conflict(&self, error: WriteError) -> WriteError {
+        let over = self.state.lock().base.is_some();
+        match error {
+            WriteError::Store(StoreError::NotFound { object }) if over => {
+                StoreError::Changed { object }.into()
+            }
+            error => error,
+        }
     }
 
     fn note_failure(&self, error: &WriteError) {

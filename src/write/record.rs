@@ -256,6 +256,26 @@ impl State {
         }
     }
 
+    /// The file is another than the journal has it, or about to be.
+    pub(super) fn note_change(&mut self) {
+        if std::mem::take(&mut self.recorded) {
+            self.note(&Record::Changed);
+        }
+    }
+
+    /// A chunk that is on disk only is written to where it lies: before its bytes change, the
+    /// journal says so.
+    pub(super) fn note_rewriting(&mut self, index: u32) {
+        let Some(Data::Spilled(file)) = self.chunks.get(&index).map(|chunk| &chunk.data) else {
+            return;
+        };
+        let named = self.named.iter().any(|named| Arc::ptr_eq(named, file));
+        self.note_change();
+        if named && self.rewritten.insert(index) {
+            self.note(&Record::Rewritten { index });
+        }
+    }
+
     /// Appends to the journal, if there is one.
     pub(super) fn note(&mut self, record: &Record) {
         let Some(journal) = &self.journal else {
@@ -322,6 +342,7 @@ impl State {
             at: now_precisely(),
             size,
             part_size: self.geometry.first(),
+            joint: self.geometry.joint(),
             base,
             chunks,
         };

@@ -205,7 +205,7 @@ impl Leftover {
         let manifest = self.replayed.manifest.clone();
         let manifest = manifest.ok_or(ResumeError::Unfinished)?;
         let held = self.held_parts(store).await?;
-        let geometry = Geometry::of_first(manifest.part_size);
+        let geometry = Geometry::of(manifest.part_size, manifest.joint);
         let mut chunks = BTreeMap::new();
         for record in &manifest.chunks {
             let receipt = self.receipt(record, &held);
@@ -272,7 +272,7 @@ impl Leftover {
             base_limit,
             low_water: manifest.size,
             size: manifest.size,
-            geometry: Geometry::of_first(manifest.part_size),
+            geometry: Geometry::of(manifest.part_size, manifest.joint),
             chunks,
             queued: BTreeSet::new(),
             generation: generation.unwrap_or(0) + 1,
@@ -409,7 +409,7 @@ impl Leftover {
                 return Ok(self.stored_checksum(store, meta, all).await? == crc32c);
             }
         }
-        let geometry = Geometry::of_first(manifest.part_size);
+        let geometry = Geometry::of(manifest.part_size, manifest.joint);
         let mut compared = 0;
         for record in &manifest.chunks {
             let start = geometry.range(record.index).start;

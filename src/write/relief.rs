@@ -2,9 +2,11 @@
 //!
 //! In this order: blocks that readers cached (the budget sees to that itself); chunks of a
 //! sequential writer that the store holds already, oldest first, keeping the first and the last;
-//! then a wait for what is on its way; then chunks that nobody is sending go to disk; and when
-//! the spill is full too, drafts that were held back for their name are sent after all. A writer
-//! waits meanwhile. Only when nothing is on its way and nothing can give way does a write fail.
+//! then a wait for what is on its way; then chunks that nobody is sending go to disk. When the
+//! spill, or the disk under it, is full too: chunks on disk that the store holds; drafts that were
+//! held back for their name are sent after all; and at last the first and last chunks that the
+//! store holds. A writer waits meanwhile. Only when nothing is on its way and nothing can give way
+//! does a write fail.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,6 +23,17 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How often in a row nothing may be on its way and nothing give way before a write fails.
 const HOPELESS_ROUNDS: usize = 30;
 
+/// Which chunks that the store holds may lose their local copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expendable {
+    /// What is in memory, without a file's first and last chunk.
+    Memory,
+    /// What is on disk too.
+    Disk,
+    /// All of it.
+    Ends,
+}
+
 impl Writer {
     /// Makes some room for `draft`, or waits until there may be some.
     pub(super) async fn make_room(self: &Arc<Self>, draft: &Arc<Draft>) -> Result<(), WriteError> {
@@ -34,12 +47,21 @@ impl Writer {
             let freed = self.memory.freed();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            if self.give_up_sent_chunks() {
+            if self.give_up_sent_chunk(Expendable::Memory) {
                 return Ok(());
             }
             let on_its_way = self.in_flight.load(Ordering::Relaxed) > 0;
-            if !on_its_way && (self.spill_oldest().await? || self.send_held()) {
-                return Ok(());
+            if !on_its_way {
+                // The disk may be full, or fail: what the store has, or can have, need not lie on it.
+                let spilled = self.spill_oldest().await;
+                if matches!(spilled, Ok(true))
+                    || self.give_up_sent_chunk(Expendable::Disk)
+                    || self.send_held()
+                    || self.give_up_sent_chunk(Expendable::Ends)
+                {
+                    return Ok(());
+                }
+                spilled?;
             }
             if tokio::time::timeout(PATIENCE, freed).await.is_ok() {
                 return Ok(());
@@ -53,8 +75,9 @@ impl Writer {
         })
     }
 
-    /// Drops local copies of chunks that the store holds.
-    fn give_up_sent_chunks(&self) -> bool {
+    /// Drops the local copy of the chunk, of those that the store holds, that was touched longest
+    /// ago; false when there is none.
+    fn give_up_sent_chunk(&self, expendable: Expendable) -> bool {
         let mut given = None;
         let mut oldest = u64::MAX;
         for draft in self.all_drafts() {
@@ -65,9 +88,12 @@ impl Writer {
             let last = state.chunks.keys().next_back().copied();
             for (index, chunk) in &state.chunks {
                 let range = state.part(*index);
-                let keeps = *index == 0 || Some(*index) == last;
+                let end = *index == 0 || Some(*index) == last;
+                let keeps = end && expendable != Expendable::Ends;
+                let on_disk = matches!(chunk.data, Data::Spilled(_));
+                let there = chunk.memory() > 0 || on_disk && expendable != Expendable::Memory;
                 let sent = !state.queued.contains(index) && chunk.is_sent(range.end - range.start);
-                if !keeps && sent && chunk.memory() > 0 && chunk.touched < oldest {
+                if !keeps && sent && there && chunk.touched < oldest {
                     oldest = chunk.touched;
                     given = Some((Arc::clone(&draft), *index));
                 }
@@ -85,13 +111,17 @@ impl Writer {
             .as_ref()
             .is_some_and(|sent| sent.version == chunk.version)
         {
-            let kept = match chunk.on_disk() {
-                Some(file) => Data::Spilled(Arc::clone(file)),
-                None => Data::GivenUp,
+            let kept = match (&chunk.data, chunk.on_disk()) {
+                (Data::Memory(_), Some(file)) => Data::Spilled(Arc::clone(file)),
+                _ => Data::GivenUp,
+            };
+            let copy = match kept {
+                Data::GivenUp => chunk.copy.take(),
+                _ => None,
             };
             let dropped = std::mem::replace(&mut chunk.data, kept);
             drop(state);
-            drop(dropped);
+            drop((dropped, copy));
         }
         true
     }

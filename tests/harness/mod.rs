@@ -128,6 +128,25 @@ impl Lab {
         self.s3.put_at(BUCKET, &key, bytes.into(), later);
     }
 
+    /// What the journals of every mount of this lab say, each as it is now.
+    pub fn journals(&self) -> Vec<String> {
+        let spill = self.folder().join(".cache/mlfs/spill");
+        let folders = std::fs::read_dir(spill).into_iter().flatten().flatten();
+        let files = folders.flat_map(|folder| std::fs::read_dir(folder.path()));
+        let journals = files.flatten().flatten().map(|file| file.path());
+        journals
+            .filter(|path| path.extension().is_some_and(|it| it == "journal"))
+            .filter_map(|path| std::fs::read_to_string(path).ok())
+            .collect()
+    }
+
+    /// How many of them say that their file is closed.
+    pub fn journals_of_closed_files(&self) -> usize {
+        let journals = self.journals();
+        let closed = |journal: &&String| journal.contains("\"closed\":true");
+        journals.iter().filter(closed).count()
+    }
+
     /// Names of the run's artifacts in the store.
     pub fn names(&self) -> Vec<String> {
         let prefix = format!("{PREFIX}/");
@@ -157,6 +176,20 @@ impl Mount<'_> {
     pub fn status(&self) -> serde_json::Value {
         let text = std::fs::read(self.path.join(".mlfs/status")).expect("the status");
         serde_json::from_slice(&text).expect("the status is JSON")
+    }
+
+    /// Waits until the only upload that is not done has this state, and returns its id.
+    pub fn upload(&self, state: &str) -> String {
+        let mut id = None;
+        wait_until(&format!("one upload, {state}"), || {
+            let status = self.status();
+            id = match &status["uploads"].as_array().expect("a list")[..] {
+                [upload] if upload["state"] == state => upload["id"].as_str().map(str::to_owned),
+                _ => None,
+            };
+            id.is_some()
+        });
+        id.expect("it was waited for")
     }
 
     pub fn pid(&self) -> i32 {

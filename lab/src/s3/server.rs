@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -167,8 +168,21 @@ impl S3Server {
 
     /// An object's bytes.
     pub fn bytes(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
+        self.range(bucket, key, 0..u64::MAX)
+    }
+
+    /// A range of an object's bytes, as far as it has them.
+    pub fn range(&self, bucket: &str, key: &str, range: Range<u64>) -> Option<Vec<u8>> {
         let object = self.shared.objects.get(bucket, key)?;
-        Some(object.content.slice(0..object.content.size()).concat())
+        let size = object.content.size();
+        let range = range.start.min(size)..range.end.min(size);
+        Some(object.content.slice(range).concat())
+    }
+
+    /// An object's size, bytes: also of one whose bytes were not kept.
+    pub fn size(&self, bucket: &str, key: &str) -> Option<u64> {
+        let object = self.shared.objects.get(bucket, key)?;
+        Some(object.content.size())
     }
 
     pub fn put(&self, bucket: &str, key: &str, bytes: impl Into<Bytes>) {
