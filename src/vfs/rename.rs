@@ -12,6 +12,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::MutexGuard;
 
 use super::Vfs;
+use super::closing::Item;
 use super::directory::{Entry, FileInfo};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
@@ -52,7 +53,7 @@ impl End<'_> {
 
 impl Vfs {
     pub async fn rename(
-        &self,
+        self: &Arc<Self>,
         parent: Inode,
         name: &OsStr,
         to_parent: Inode,
@@ -98,7 +99,7 @@ impl Vfs {
     }
 
     async fn rename_file(
-        &self,
+        self: &Arc<Self>,
         (inode, file): (Inode, &Arc<File>),
         replaced: Option<(Inode, Kind)>,
         from: &End<'_>,
@@ -109,6 +110,9 @@ impl Vfs {
             Some((other, Kind::File(file))) => Some((other, file)),
             Some(_) => return Err(VfsError::IS_DIRECTORY),
         };
+        if !file.is_dirty() {
+            self.wait_for_turn(&to.target().path).await?;
+        }
         // Neither is published meanwhile; locked in one order, as for directories.
         let mut both: Vec<(Inode, &Arc<File>)> = vec![(inode, file)];
         both.extend(replaced.as_ref().map(|(other, file)| (*other, file)));
@@ -137,10 +141,16 @@ impl Vfs {
             // The object of the replaced file stays until this one takes its place.
             state.published = state.published.take().or(covered);
         }
-        let mut tree = self.tree.lock();
-        tree.rename(from.place.inode, from.name, to.place.inode, to.name);
-        keep_directory(&mut tree, from.place.inode);
-        tree.touch_directory(to.place.inode, SystemTime::now());
+        {
+            let mut tree = self.tree.lock();
+            tree.rename(from.place.inode, from.name, to.place.inode, to.name);
+            keep_directory(&mut tree, from.place.inode);
+            tree.touch_directory(to.place.inode, SystemTime::now());
+        }
+        if let Some((other, _)) = &replaced {
+            self.dropped(&Item::File(*other));
+        }
+        self.moved(inode);
         Ok(())
     }
 
@@ -191,7 +201,7 @@ impl Vfs {
     }
 
     async fn rename_directory(
-        &self,
+        self: &Arc<Self>,
         inode: Inode,
         replaced: Option<(Inode, Kind)>,
         from: &End<'_>,
@@ -236,12 +246,15 @@ impl Vfs {
                 .lock()
                 .change(to.name, Some(Entry::Directory));
         }
-        let mut tree = self.tree.lock();
-        forget_listings(&tree, inode);
-        tree.rename(from.place.inode, from.name, to.place.inode, to.name);
-        keep_directory(&mut tree, inode);
-        keep_directory(&mut tree, from.place.inode);
-        tree.touch_directory(to.place.inode, SystemTime::now());
+        {
+            let mut tree = self.tree.lock();
+            forget_listings(&tree, inode);
+            tree.rename(from.place.inode, from.name, to.place.inode, to.name);
+            keep_directory(&mut tree, inode);
+            keep_directory(&mut tree, from.place.inode);
+            tree.touch_directory(to.place.inode, SystemTime::now());
+        }
+        self.moved(inode);
         Ok(())
     }
 
