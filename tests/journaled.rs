@@ -396,6 +396,35 @@ fn a_close_waits_for_the_store_when_there_is_no_room_on_local_disk() {
 }
 
 #[test]
+fn a_manifest_without_room_on_local_disk_waits_for_nobody_who_cannot_go_on() {
+    let lab = Lab::new();
+    let mut flags = JOURNALED.to_vec();
+    flags.extend(["--spill-size", "5MiB"]);
+    let mount = lab.mount_with(&flags);
+    lab.s3.hold(Kind::Put);
+    fs::create_dir(mount.at("m")).unwrap();
+    fs::create_dir(mount.at("n")).unwrap();
+    refuse(&lab, "refused");
+    fs::write(mount.at("m/refused"), noise(PART - 100)).unwrap();
+    // It fills the spill. An open file is not waited for: its writer may be who waits.
+    let open = File::create(mount.at("n/open")).unwrap();
+    lab.s3.release(Kind::Put);
+    wait_until("it to fail", || states(&mount)[0].1 == "failed");
+    fs::write(mount.at("n/MLmodel"), noise(1000)).unwrap();
+    assert!(lab.stored("n/MLmodel").is_some());
+    // Nor what has failed; but that is told.
+    let mut file = File::create(mount.at("m/MLmodel")).unwrap();
+    file.write_all(&noise(1000)).unwrap();
+    assert_eq!(close(file), libc::EIO);
+    assert_eq!(lab.stored("m/MLmodel"), None);
+    lab.s3.set_faults(1, Vec::new());
+    drop(open);
+    fs::write(mount.path.join(".mlfs/retry"), "all").unwrap();
+    wait_until_stored(&mount);
+    assert_eq!(lab.stored("m/MLmodel").unwrap(), noise(1000));
+}
+
+#[test]
 fn fsync_of_a_directory_waits_for_what_is_closed_below_it_in_either_mode() {
     for mode in ["stored", "journaled"] {
         let lab = Lab::new();
