@@ -2,8 +2,10 @@
 
 mod harness;
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::sync::Arc;
@@ -314,6 +316,27 @@ fn a_rename_to_a_manifests_name_waits_for_its_turn() {
 }
 
 #[test]
+fn a_rename_to_a_manifests_name_waits_also_when_the_file_is_being_stored() {
+    let lab = Lab::new();
+    let mount = mount(&lab);
+    lab.s3.hold(Kind::Put);
+    fs::create_dir(mount.at("d")).unwrap();
+    fs::write(mount.at("new"), b"model").unwrap();
+    fs::write(mount.at("d/weights"), b"w").unwrap();
+    fs::write(mount.at("d/more"), b"w").unwrap();
+    wait_until("two to be on their way", || {
+        lab.s3.stats().of(Kind::Put).requests == 2
+    });
+    let (from, to) = (mount.at("new"), mount.at("MLmodel"));
+    let renaming = std::thread::spawn(move || fs::rename(from, to));
+    lab.s3.release(Kind::Put);
+    renaming.join().unwrap().unwrap();
+    wait_until_stored(&mount);
+    let shown = published(&lab);
+    assert_eq!(shown.last().unwrap(), "MLmodel", "{shown:?}");
+}
+
+#[test]
 fn a_failure_shows_at_the_next_fsync_in_wait_and_in_uploads_and_holds_up_manifests_only() {
     let lab = Lab::new();
     let mount = mount(&lab);
@@ -479,6 +502,54 @@ fn wait_returns_when_a_file_a_directory_or_the_mount_is_stored() {
         assert_eq!(text(&output), "", "no terminal, no bar");
     }
     assert_eq!(lab.stored("d/f").unwrap(), b"x");
+}
+
+/// A terminal: what is shown on it, and the end to write to.
+fn terminal() -> (File, OwnedFd) {
+    let (mut shown, mut written) = (-1, -1);
+    let name = std::ptr::null_mut();
+    let (settings, size) = (std::ptr::null(), std::ptr::null());
+    // SAFETY: two integers to write to; the rest may be null.
+    let outcome = unsafe { libc::openpty(&mut shown, &mut written, name, settings, size) };
+    assert_eq!(outcome, 0);
+    // SAFETY: both were just opened, and belong to nobody else.
+    unsafe { (File::from_raw_fd(shown), OwnedFd::from_raw_fd(written)) }
+}
+
+#[test]
+fn wait_and_retry_show_a_bar_on_a_terminal() {
+    let lab = Lab::new();
+    let mount = mount(&lab);
+    let run = |arguments: &[&OsStr]| {
+        let (mut shown, end) = terminal();
+        let mut command = lab.program();
+        command.args(arguments).env("TERM", "xterm").stderr(end);
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let mut text = Vec::new();
+        let mut piece = [0; 1024];
+        while !String::from_utf8_lossy(&text).contains("1 files left") {
+            let length = shown.read(&mut piece).unwrap();
+            text.extend_from_slice(&piece[..length]);
+        }
+        lab.s3.release(Kind::Put);
+        // It ends with an error when the other end is closed.
+        let _ = shown.read_to_end(&mut text);
+        assert!(child.wait().unwrap().success());
+    };
+    lab.s3.hold(Kind::Put);
+    fs::write(mount.at("f"), b"x").unwrap();
+    run(&["wait".as_ref(), mount.path.as_os_str()]);
+    refuse(&lab, "g");
+    fs::write(mount.at("g"), b"x").unwrap();
+    wait_until("it to fail", || states(&mount)[0].1 == "failed");
+    lab.s3.set_faults(1, Vec::new());
+    lab.s3.hold(Kind::Put);
+    run(&["uploads".as_ref(), "retry".as_ref()]
+        .into_iter()
+        .chain(["--mount".as_ref(), mount.path.as_os_str()])
+        .collect::<Vec<_>>());
+    assert!(lab.stored("g").is_some());
 }
 
 #[test]

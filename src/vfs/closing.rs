@@ -179,9 +179,8 @@ impl Vfs {
             if queue.len() == 0 {
                 return;
             }
-            let queued = queue.keys();
-            queue.ready(|directory, rank| {
-                let queued = |inode| queued.contains(&Item::File(inode));
+            queue.ready(|directory, rank, queued| {
+                let queued = |inode| queued(&Item::File(inode));
                 self.dirty_below(directory, rank, &queued).is_some()
             })
         };
@@ -314,22 +313,30 @@ impl Vfs {
         }
     }
 
+    /// Where something stands that is to be stored before a manifest becomes visible at `path`.
+    fn before(&self, path: &str) -> Option<Standing> {
+        if self.options.close == CloseMode::Stored || !Rank::of(path).is_manifest() {
+            return None;
+        }
+        self.queue.lock().before(path)
+    }
+
+    /// Whether a stored file can be shown at `path` at once.
+    pub(super) fn is_its_turn(&self, path: &str) -> bool {
+        self.before(path).is_none()
+    }
+
     /// Waits until a manifest may become visible at `path`: until everything closed that comes
     /// before it is stored.
     ///
     /// # Errors
     /// `EIO` when something there could not be stored.
     pub(super) async fn wait_for_turn(&self, path: &str) -> VfsResult<()> {
-        let rank = Rank::of(path);
-        if self.options.close == CloseMode::Stored || !rank.is_manifest() {
-            return Ok(());
-        }
         loop {
             let settled = self.settled.notified();
             tokio::pin!(settled);
             settled.as_mut().enable();
-            let before = self.queue.lock().before(path);
-            match before {
+            match self.before(path) {
                 None => return Ok(()),
                 Some(Standing::Failed) => {
                     return Err(VfsError::because(

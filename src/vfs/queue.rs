@@ -8,7 +8,7 @@
 //! The queue knows paths and numbers, and nothing of files, stores or time.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 
 /// What a file is to its directory. Of two files of one directory the one of lower rank goes first.
@@ -183,17 +183,22 @@ impl<K: Clone + Eq + Hash> Queue<K> {
 
     /// What is to be published now; from here on it counts as being tried, until
     /// [`Self::finished`]. `dirty_below` tells whether a directory has, in it or below, something
-    /// dirty that is not in the queue and comes before a manifest of that rank.
-    pub fn ready(&mut self, mut dirty_below: impl FnMut(&str, Rank) -> bool) -> Vec<K> {
+    /// dirty that is not in the queue, as its last argument tells, and comes before a manifest of
+    /// that rank.
+    pub fn ready(
+        &mut self,
+        mut dirty_below: impl FnMut(&str, Rank, &dyn Fn(&K) -> bool) -> bool,
+    ) -> Vec<K> {
         if self.trying >= self.most {
             return Vec::new();
         }
         let mut found: Vec<(u64, K)> = Vec::new();
+        let queued = |key: &K| self.entries.contains_key(key);
         for (directory, lane) in &self.lanes {
             let next = self.next_of(directory, lane);
             let Some((key, entry)) = next else { continue };
             let rank = Rank::of(&entry.path);
-            let held = rank.is_manifest() && !entry.urgent && dirty_below(directory, rank);
+            let held = rank.is_manifest() && !entry.urgent && dirty_below(directory, rank, &queued);
             if !held {
                 found.push((entry.sequence, key.clone()));
             }
@@ -279,10 +284,6 @@ impl<K: Clone + Eq + Hash> Queue<K> {
             at = held;
         }
         false
-    }
-
-    pub fn keys(&self) -> HashSet<K> {
-        self.entries.keys().cloned().collect()
     }
 
     pub fn path(&self, key: &K) -> Option<&str> {

@@ -110,17 +110,24 @@ impl Vfs {
             Some((other, Kind::File(file))) => Some((other, file)),
             Some(_) => return Err(VfsError::IS_DIRECTORY),
         };
-        if !file.is_dirty() {
-            self.wait_for_turn(&to.target().path).await?;
-        }
         // Neither is published meanwhile; locked in one order, as for directories.
         let mut both: Vec<(Inode, &Arc<File>)> = vec![(inode, file)];
         both.extend(replaced.as_ref().map(|(other, file)| (*other, file)));
         both.sort_by_key(|(inode, _)| *inode);
-        let mut moving: Vec<MutexGuard<'_, ()>> = Vec::with_capacity(both.len());
-        for (_, file) in both {
-            moving.push(file.moving.lock().await);
-        }
+        let path = to.target().path;
+        let _moving = loop {
+            if !file.is_dirty() {
+                self.wait_for_turn(&path).await?;
+            }
+            let mut moving: Vec<MutexGuard<'_, ()>> = Vec::with_capacity(both.len());
+            for (_, file) in &both {
+                moving.push(file.moving.lock().await);
+            }
+            // It may have been stored before it could be locked.
+            if file.is_dirty() || self.is_its_turn(&path) {
+                break moving;
+            }
+        };
         let (published, draft) = {
             let state = file.state();
             (state.published.clone(), state.draft.clone())

@@ -1,6 +1,6 @@
 use super::*;
 
-fn nothing(_: &str, _: Rank) -> bool {
+fn nothing(_: &str, _: Rank, _: &dyn Fn(&&'static str) -> bool) -> bool {
     false
 }
 
@@ -74,9 +74,9 @@ fn of_two_manifests_in_one_directory_the_index_goes_first() {
 #[test]
 fn what_is_dirty_outside_of_the_queue_holds_a_manifest_unless_somebody_waits_for_it() {
     let mut queue = queue(&["r/m/MLmodel"]);
-    assert!(queue.ready(|directory, _| directory == "r/m").is_empty());
+    assert!(queue.ready(|directory, _, _| directory == "r/m").is_empty());
     queue.add("r/m/MLmodel", "r/m/MLmodel", true);
-    assert_eq!(queue.ready(|_, _| true), ["r/m/MLmodel"]);
+    assert_eq!(queue.ready(|_, _, _| true), ["r/m/MLmodel"]);
 }
 
 #[test]
