@@ -11,61 +11,11 @@ use std::process::{Child, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use harness::{Lab, Mount, PREFIX, close, errno, kill, noise, text, wait_until};
-use mlfs_lab::s3::{Fault, Kind, Rule};
+use harness::journaled::{JOURNALED, mount, published, refuse, states, uploads, wait_until_stored};
+use harness::{Lab, close, errno, kill, noise, text, wait_until};
+use mlfs_lab::s3::Kind;
 
 const PART: usize = 5 << 20;
-const JOURNALED: &[&str] = &[
-    "--close",
-    "journaled",
-    "--part-size",
-    "5MiB",
-    "--memory",
-    "128MiB",
-];
-
-fn mount(lab: &Lab) -> Mount<'_> {
-    lab.mount_with(JOURNALED)
-}
-
-fn uploads(mount: &Mount<'_>) -> Vec<serde_json::Value> {
-    mount.status()["uploads"].as_array().unwrap().clone()
-}
-
-fn states(mount: &Mount<'_>) -> Vec<(String, String)> {
-    let all = uploads(mount);
-    let word = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
-    let name = |path: String| path.rsplit('/').next().unwrap().to_owned();
-    all.iter()
-        .map(|upload| (name(word(&upload["path"])), word(&upload["state"])))
-        .collect()
-}
-
-/// Names below the run, in the order in which the store has shown them.
-fn published(lab: &Lab) -> Vec<String> {
-    let log = lab.s3.log().into_iter();
-    let shown = log.filter(|it| {
-        it.status == 200 && matches!(it.kind, Kind::Put | Kind::CompleteMultipart | Kind::Copy)
-    });
-    let prefix = format!("{PREFIX}/");
-    shown
-        .map(|it| it.key.strip_prefix(&prefix).unwrap().to_owned())
-        .collect()
-}
-
-fn wait_until_stored(mount: &Mount<'_>) {
-    wait_until("everything to be stored", || uploads(mount).is_empty());
-}
-
-fn refuse(lab: &Lab, key: &str) {
-    let fault = Fault::Status(403, "AccessDenied".to_owned());
-    let rule = Rule {
-        key: key.to_owned(),
-        ..Rule::every(Kind::Put, fault)
-    };
-    lab.s3.set_faults(1, vec![rule]);
-}
-
 fn wait_command(lab: &Lab, path: &Path, timeout: &str) -> Output {
     let mut command = lab.program();
     command.arg("wait").arg(path).args(["--timeout", timeout]);
@@ -164,49 +114,6 @@ fn files_of_a_directory_become_visible_in_the_order_of_their_closes() {
 }
 
 #[test]
-fn manifests_come_last_also_when_they_were_closed_first() {
-    let lab = Lab::new();
-    let mount = mount(&lab);
-    fs::create_dir_all(mount.at("m/data")).unwrap();
-    let mut weights = File::create(mount.at("m/data/2.safetensors")).unwrap();
-    weights.write_all(b"2").unwrap();
-    fs::write(mount.at("m/MLmodel"), b"x").unwrap();
-    fs::write(mount.at("m/data/model.safetensors.index.json"), b"x").unwrap();
-    fs::write(mount.at("m/conda.yaml"), b"x").unwrap();
-    wait_until("the ordinary file to be stored", || {
-        lab.stored("m/conda.yaml").is_some()
-    });
-    let all = uploads(&mount);
-    let held: Vec<_> = all.iter().filter(|it| it["state"] == "waiting").collect();
-    assert_eq!(held.len(), 2, "{all:?}");
-    assert!(held.iter().all(|it| it["held_by"].is_string()), "{all:?}");
-    // Neither is held up by what is open.
-    assert_eq!(synchronise(&mount.at("m")), 0);
-    assert_eq!(close(weights), 0);
-    fs::write(mount.at("m/data/1.safetensors"), b"1").unwrap();
-    wait_until_stored(&mount);
-    let mut shown = published(&lab);
-    assert_eq!(shown.remove(0), "m/conda.yaml");
-    assert_eq!(shown[0], "m/data/2.safetensors");
-    assert_eq!(shown[3], "m/MLmodel", "{shown:?}");
-}
-
-#[test]
-fn a_manifest_waits_no_longer_for_what_was_removed() {
-    let lab = Lab::new();
-    let mount = mount(&lab);
-    let open = File::create(mount.at("weights")).unwrap();
-    fs::write(mount.at("MLmodel"), b"x").unwrap();
-    wait_until("it to wait", || {
-        states(&mount).contains(&("MLmodel".to_owned(), "waiting".to_owned()))
-    });
-    fs::remove_file(mount.at("weights")).unwrap();
-    wait_until_stored(&mount);
-    assert_eq!(lab.names(), ["MLmodel"]);
-    drop(open);
-}
-
-#[test]
 fn directories_are_published_side_by_side() {
     let lab = Lab::new();
     let mount = mount(&lab);
@@ -289,54 +196,6 @@ fn what_waits_can_be_renamed_and_removed_and_is_published_under_its_last_name_on
 }
 
 #[test]
-fn a_rename_to_a_manifests_name_waits_for_its_turn() {
-    let lab = Lab::new();
-    let mount = mount(&lab);
-    fs::write(mount.at("MLmodel.new"), b"model").unwrap();
-    wait_until_stored(&mount);
-    lab.s3.hold(Kind::Put);
-    fs::write(mount.at("weights"), b"w").unwrap();
-    let renamed = Arc::new(AtomicBool::new(false));
-    let thread = std::thread::spawn({
-        let (from, to) = (mount.at("MLmodel.new"), mount.at("MLmodel"));
-        let renamed = Arc::clone(&renamed);
-        move || {
-            let outcome = fs::rename(from, to);
-            renamed.store(true, Ordering::SeqCst);
-            outcome
-        }
-    });
-    wait_until("the weights to be on their way", || {
-        lab.s3.stats().of(Kind::Put).requests == 2
-    });
-    assert!(!renamed.load(Ordering::SeqCst));
-    lab.s3.release(Kind::Put);
-    thread.join().unwrap().unwrap();
-    assert_eq!(published(&lab), ["MLmodel.new", "weights", "MLmodel"]);
-}
-
-#[test]
-fn a_rename_to_a_manifests_name_waits_also_when_the_file_is_being_stored() {
-    let lab = Lab::new();
-    let mount = mount(&lab);
-    lab.s3.hold(Kind::Put);
-    fs::create_dir(mount.at("d")).unwrap();
-    fs::write(mount.at("new"), b"model").unwrap();
-    fs::write(mount.at("d/weights"), b"w").unwrap();
-    fs::write(mount.at("d/more"), b"w").unwrap();
-    wait_until("two to be on their way", || {
-        lab.s3.stats().of(Kind::Put).requests == 2
-    });
-    let (from, to) = (mount.at("new"), mount.at("MLmodel"));
-    let renaming = std::thread::spawn(move || fs::rename(from, to));
-    lab.s3.release(Kind::Put);
-    renaming.join().unwrap().unwrap();
-    wait_until_stored(&mount);
-    let shown = published(&lab);
-    assert_eq!(shown.last().unwrap(), "MLmodel", "{shown:?}");
-}
-
-#[test]
 fn a_failure_shows_at_the_next_fsync_in_wait_and_in_uploads_and_holds_up_manifests_only() {
     let lab = Lab::new();
     let mount = mount(&lab);
@@ -416,35 +275,6 @@ fn a_close_waits_for_the_store_when_there_is_no_room_on_local_disk() {
     thread.join().unwrap().unwrap();
     assert_eq!(lab.stored("b").unwrap(), noise(1000));
     assert_eq!(published(&lab), ["a", "b"]);
-}
-
-#[test]
-fn a_manifest_without_room_on_local_disk_waits_for_nobody_who_cannot_go_on() {
-    let lab = Lab::new();
-    let mut flags = JOURNALED.to_vec();
-    flags.extend(["--spill-size", "5MiB"]);
-    let mount = lab.mount_with(&flags);
-    lab.s3.hold(Kind::Put);
-    fs::create_dir(mount.at("m")).unwrap();
-    fs::create_dir(mount.at("n")).unwrap();
-    refuse(&lab, "refused");
-    fs::write(mount.at("m/refused"), noise(PART - 100)).unwrap();
-    // It fills the spill. An open file is not waited for: its writer may be who waits.
-    let open = File::create(mount.at("n/open")).unwrap();
-    lab.s3.release(Kind::Put);
-    wait_until("it to fail", || states(&mount)[0].1 == "failed");
-    fs::write(mount.at("n/MLmodel"), noise(1000)).unwrap();
-    assert!(lab.stored("n/MLmodel").is_some());
-    // Nor what has failed; but that is told.
-    let mut file = File::create(mount.at("m/MLmodel")).unwrap();
-    file.write_all(&noise(1000)).unwrap();
-    assert_eq!(close(file), libc::EIO);
-    assert_eq!(lab.stored("m/MLmodel"), None);
-    lab.s3.set_faults(1, Vec::new());
-    drop(open);
-    fs::write(mount.path.join(".mlfs/retry"), "all").unwrap();
-    wait_until_stored(&mount);
-    assert_eq!(lab.stored("m/MLmodel").unwrap(), noise(1000));
 }
 
 #[test]
