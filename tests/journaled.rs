@@ -2,6 +2,7 @@
 
 mod harness;
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -250,6 +251,82 @@ fn a_failure_shows_at_the_next_fsync_in_wait_and_in_uploads_and_holds_up_manifes
     wait_until_stored(&mount);
     assert_eq!(synchronise(&mount.at("m")), 0);
     assert_eq!(published(&lab), ["m/other", "m/weights", "m/MLmodel"]);
+}
+
+#[test]
+fn what_was_renamed_while_it_waited_is_stored_under_its_new_name_after_a_kill() {
+    let lab = Lab::new();
+    let first = mount(&lab);
+    let data = noise(2 * PART + 7);
+    lab.s3.hold(Kind::Put);
+    fs::write(first.at("before"), b"x").unwrap();
+    fs::write(first.at("large"), &data).unwrap();
+    wait_until("its parts to be sent", || lab.s3.parts() == 2);
+    // They are bound to the old name.
+    fs::rename(first.at("large"), first.at("renamed")).unwrap();
+    kill(&first);
+    lab.s3.release(Kind::Put);
+    let next = mount(&lab);
+    wait_until_stored(&next);
+    assert_eq!(lab.names(), ["before", "renamed"]);
+    assert!(lab.stored("renamed").unwrap() == data);
+}
+
+/// What one of many threads does to files of its own in directories of all; returns what is to be
+/// there in the end.
+fn churn(run: &Path, thread: usize) -> Vec<(String, Vec<u8>)> {
+    let mut expected = BTreeMap::new();
+    for number in 0..60 {
+        let directory = format!("d{}", (thread + number) % 3);
+        let name = format!("{directory}/{thread}-{}", number % 20);
+        let content = format!("{thread} {number}").into_bytes();
+        fs::write(run.join(&name), &content).unwrap();
+        match number % 5 {
+            0 => {
+                let mut file = OpenOptions::new().append(true).open(run.join(&name));
+                file.as_mut().unwrap().write_all(b"+").unwrap();
+                expected.insert(name, [content.as_slice(), b"+"].concat());
+            }
+            1 => {
+                fs::remove_file(run.join(&name)).unwrap();
+                expected.remove(&name);
+            }
+            2 => {
+                let other = format!("d{}/{thread}-moved-{}", number % 3, number % 4);
+                fs::rename(run.join(&name), run.join(&other)).unwrap();
+                expected.remove(&name);
+                expected.insert(other, content);
+            }
+            _ => {
+                expected.insert(name, content);
+            }
+        }
+    }
+    expected.into_iter().collect()
+}
+
+#[test]
+fn many_writers_that_rewrite_rename_and_remove_end_with_what_they_last_wrote() {
+    let lab = Lab::new();
+    let mount = mount(&lab);
+    for number in 0..3 {
+        fs::create_dir(mount.at(&format!("d{number}"))).unwrap();
+    }
+    let threads: Vec<_> = (0..8)
+        .map(|thread| {
+            let run = mount.at("");
+            std::thread::spawn(move || churn(&run, thread))
+        })
+        .collect();
+    let ended = threads.into_iter().map(|thread| thread.join().unwrap());
+    let expected: BTreeMap<String, Vec<u8>> = ended.flatten().collect();
+    wait_until_stored(&mount);
+    let names: Vec<String> = expected.keys().cloned().collect();
+    assert_eq!(lab.names(), names);
+    for (name, content) in &expected {
+        assert_eq!(&lab.stored(name).unwrap(), content, "{name}");
+    }
+    assert_eq!(lab.s3.uploads(), 0);
 }
 
 #[test]

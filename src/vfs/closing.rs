@@ -55,6 +55,16 @@ impl Vfs {
         self.wait_until_stored(inode, file).await
     }
 
+    /// A file has another name, under which parts that were sent may count no longer: if it is
+    /// closed, it is made durable anew.
+    pub(super) async fn journal_again(&self, file: &File, draft: &Arc<Draft>) {
+        let closed = file.state().closed == Some(draft.generation()) && draft.is_dirty();
+        if closed && let Err(error) = draft.keep(true).await {
+            tracing::warn!(path = draft.target().path, %error,
+                "renamed after its close, and not safe on local disk until it is stored");
+        }
+    }
+
     /// The last writer is gone, and nobody waits for what it left.
     pub(super) fn close_in_background(self: &Arc<Self>, inode: Inode, file: Arc<File>) {
         if self.options.close == CloseMode::Stored {

@@ -140,6 +140,7 @@ impl Vfs {
         }
         if let Some(draft) = draft {
             draft.retarget(to.target()).await;
+            self.journal_again(file, &draft).await;
         }
         if let Some((_, other)) = &replaced {
             let covered = other.state().published.clone();
@@ -289,6 +290,7 @@ impl Vfs {
         let draft = file.state().draft.clone();
         if let Some(draft) = draft {
             draft.retarget(target).await;
+            self.journal_again(file, &draft).await;
         }
         Ok(())
     }
