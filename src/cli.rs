@@ -5,10 +5,12 @@ mod background;
 mod mount;
 mod mounts;
 mod processes;
+mod progress;
 mod serve;
 mod status;
 mod unmount;
 mod uploads;
+mod wait;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -35,6 +37,8 @@ enum Command {
     Mount(Box<mount::Arguments>),
     /// Wait until everything written is stored, then unmount
     Unmount(unmount::Arguments),
+    /// Wait until everything written below a path is stored
+    Wait(wait::Arguments),
     /// Show what a mount is doing
     Status(status::Arguments),
     /// Show, send again or discard what is not stored
@@ -80,6 +84,7 @@ pub fn main() -> ExitCode {
     let outcome = match &arguments.command {
         Command::Mount(arguments) => mount::run(arguments),
         Command::Unmount(arguments) => unmount::run(arguments),
+        Command::Wait(arguments) => wait::run(arguments),
         Command::Status(arguments) => status::run(arguments),
         Command::Uploads(arguments) => uploads::run(arguments),
         Command::Ask(arguments) => ask::run(arguments),

@@ -11,6 +11,7 @@ use clap::{Args, ValueEnum};
 
 use crate::read::DiskOptions;
 use crate::store::s3::SignPayload;
+use crate::vfs::CloseMode;
 use crate::write::SMALLEST_PART;
 pub use units::{parse_duration, parse_size};
 
@@ -42,6 +43,14 @@ pub enum SignPayloadFlag {
     Auto,
     Always,
     Never,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CloseFlag {
+    /// When the file is in the store
+    Stored,
+    /// When it is safe on local disk (see --spill-dir); it is stored in the background
+    Journaled,
 }
 
 /// What `mlfs mount` is told. Each flag stands here once: parser, help and environment variable.
@@ -98,6 +107,10 @@ pub struct MountArguments {
     #[arg(long, env = "MLFS_CACHE_SIZE", value_name = "SIZE", value_parser = parse_size,
           allow_negative_numbers = true)]
     pub cache_size: Option<u64>,
+
+    /// When a close returns; with journaled, `mlfs wait` and fsync of a directory wait for the store
+    #[arg(long, env = "MLFS_CLOSE", value_enum, default_value_t = CloseFlag::Stored)]
+    pub close: CloseFlag,
 
     /// Bytes of a part of a multipart upload, 5MiB to 5GiB
     #[arg(long, env = "MLFS_PART_SIZE", value_name = "SIZE", default_value = "16MiB",
@@ -178,6 +191,7 @@ pub struct Config {
     pub spill_size: u64,
     /// `None`: no disk cache.
     pub cache: Option<DiskOptions>,
+    pub close: CloseMode,
     /// Bytes.
     pub part_size: u64,
     pub transfers: usize,
@@ -245,6 +259,10 @@ impl MountArguments {
             spill_dir,
             spill_size: self.spill_size,
             cache,
+            close: match self.close {
+                CloseFlag::Stored => CloseMode::Stored,
+                CloseFlag::Journaled => CloseMode::Journaled,
+            },
             part_size: self.part_size,
             transfers: self.transfers,
             close_timeout: self.close_timeout,

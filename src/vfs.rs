@@ -4,9 +4,10 @@
 //! function that is ready at once when no network is needed; the `fuse` room polls it inline and
 //! moves it to a task only when it has to wait.
 //!
-//! Lock order: tree → directory or file → draft → budget. None is held across an await.
+//! Lock order: queue → tree → directory or file → draft → budget. None is held across an await.
 
 mod attributes;
+mod closing;
 mod control;
 mod directory;
 mod drain;
@@ -16,10 +17,13 @@ mod handles;
 mod lookup;
 mod names;
 mod open;
+mod queue;
 mod readdir;
 mod remove;
 mod rename;
+mod synchronise;
 mod tree;
+mod upload_status;
 mod uploads;
 
 use std::path::PathBuf;
@@ -28,12 +32,15 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle as Runtime;
+use tokio::sync::Notify;
 
 use crate::catalog::Catalog;
 use crate::read::Reader;
 use crate::store::Stores;
 use crate::write::Writer;
+use closing::Item;
 use handles::Handles;
+use queue::Queue;
 use tree::Tree;
 use uploads::Uploads;
 
@@ -45,7 +52,16 @@ pub use open::{Access, Opened, WriteOutcome};
 pub use readdir::Listed;
 pub use rename::RenameMode;
 pub use tree::{Inode, ROOT};
-pub use uploads::UploadStatus;
+pub use upload_status::{UploadStatus, moving};
+
+/// When a close returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseMode {
+    /// When the file is in the store.
+    Stored,
+    /// When the file is durable on local disk; the store is reached in the background.
+    Journaled,
+}
 
 /// How this mount presents itself.
 #[derive(Clone, Debug)]
@@ -59,6 +75,11 @@ pub struct VfsOptions {
     /// How long names, sizes and times are believed.
     pub metadata_ttl: Duration,
     pub read_only: bool,
+    pub close: CloseMode,
+    /// Most directories whose closed files are published side by side in the background.
+    pub side_by_side: usize,
+    /// Most files that are closed and not stored; a further close waits until its file is.
+    pub most_queued: usize,
 }
 
 /// The filesystem, without a kernel.
@@ -73,6 +94,10 @@ pub struct Vfs {
     tree: Mutex<Tree>,
     handles: Handles,
     uploads: Uploads,
+    /// What is to be published in the background, in order.
+    queue: Mutex<Queue<Item>>,
+    /// Something was published, or failed to be, or need not be any more.
+    settled: Notify,
     started: SystemTime,
 }
 
@@ -86,6 +111,7 @@ impl Vfs {
         options: VfsOptions,
     ) -> Arc<Self> {
         let started = SystemTime::now();
+        let queue = Queue::new(options.side_by_side);
         Arc::new(Self {
             catalog,
             stores,
@@ -96,6 +122,8 @@ impl Vfs {
             tree: Mutex::new(Tree::new(started)),
             handles: Handles::default(),
             uploads: Uploads::default(),
+            queue: Mutex::new(queue),
+            settled: Notify::new(),
             started,
         })
     }

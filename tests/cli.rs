@@ -257,6 +257,7 @@ fn help_gives_each_flag_its_unit_default_and_variable() {
         "--memory",
         "--spill-dir",
         "--spill-size",
+        "--close",
         "--part-size",
         "--transfers",
         "--uid",

@@ -4,6 +4,7 @@
 //! child process makes it: this program again, with a subcommand of its own. Who asked goes on, or
 //! ends, whatever becomes of the child.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -19,12 +20,15 @@ use crate::vfs::Status;
 /// The hidden subcommand.
 pub(super) const NAME: &str = "ask-mount";
 
+/// A question that says it all.
+const NOTHING: &[&str] = &[];
+
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     question: Question,
     mountpoint: PathBuf,
-    /// Of uploads.
-    ids: Vec<String>,
+    /// Of uploads; or a path below the mount point.
+    ids: Vec<OsString>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -37,6 +41,8 @@ enum Question {
     Retry,
     /// That it give these uploads up.
     Discard,
+    /// Whether there is something at a path.
+    Exists,
 }
 
 impl Question {
@@ -46,6 +52,7 @@ impl Question {
             Self::Drain => "drain",
             Self::Retry => "retry",
             Self::Discard => "discard",
+            Self::Exists => "exists",
         }
     }
 }
@@ -81,7 +88,7 @@ impl std::error::Error for Unanswered {}
 
 /// What the mount at `path` is doing.
 pub(super) fn status(path: &Path, patience: Duration) -> Result<Status, Unanswered> {
-    let document = ask(path, Question::Status, &[], patience)?;
+    let document = ask(path, Question::Status, NOTHING, patience)?;
     serde_json::from_str(&document).map_err(|error| {
         let text = format!("its status is not understood, is it another version's? ({error})");
         Unanswered::Failed(io::Error::other(text))
@@ -90,23 +97,36 @@ pub(super) fn status(path: &Path, patience: Duration) -> Result<Status, Unanswer
 
 /// Asks the mount at `path` to send what is closed and unsent.
 pub(super) fn drain(path: &Path, patience: Duration) -> Result<(), Unanswered> {
-    ask(path, Question::Drain, &[], patience).map(drop)
+    ask(path, Question::Drain, NOTHING, patience).map(drop)
 }
 
 /// Asks the mount at `path` to send these uploads again.
-pub(super) fn retry(path: &Path, ids: &[String], patience: Duration) -> Result<(), Unanswered> {
+pub(super) fn retry(
+    path: &Path,
+    ids: &[impl AsRef<OsStr>],
+    patience: Duration,
+) -> Result<(), Unanswered> {
     ask(path, Question::Retry, ids, patience).map(drop)
 }
 
 /// Asks the mount at `path` to give these uploads up.
-pub(super) fn discard(path: &Path, ids: &[String], patience: Duration) -> Result<(), Unanswered> {
+pub(super) fn discard(
+    path: &Path,
+    ids: &[impl AsRef<OsStr>],
+    patience: Duration,
+) -> Result<(), Unanswered> {
     ask(path, Question::Discard, ids, patience).map(drop)
+}
+
+/// Fails unless the mount at `path` has something at `below`.
+pub(super) fn exists(path: &Path, below: &Path, patience: Duration) -> Result<(), Unanswered> {
+    ask(path, Question::Exists, &[below], patience).map(drop)
 }
 
 fn ask(
     path: &Path,
     question: Question,
-    ids: &[String],
+    ids: &[impl AsRef<OsStr>],
     patience: Duration,
 ) -> Result<String, Unanswered> {
     let program = std::env::current_exe().map_err(Unanswered::Failed)?;
@@ -155,9 +175,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let outcome = match arguments.question {
         Question::Status => std::fs::read_to_string(file),
         Question::Drain => std::fs::write(file, b"now\n").map(|()| String::new()),
+        Question::Exists => {
+            let below: PathBuf = arguments.ids.iter().collect();
+            let path = arguments.mountpoint.join(below);
+            path.symlink_metadata().map(|_| String::new())
+        }
         Question::Retry | Question::Discard => {
-            let ids = arguments.ids.join(" ");
-            std::fs::write(file, ids).map(|()| String::new())
+            let ids = arguments.ids.join(OsStr::new(" "));
+            std::fs::write(file, ids.as_encoded_bytes()).map(|()| String::new())
         }
     };
     let said = match outcome {

@@ -24,8 +24,8 @@ const MOST_SYMLINKS: u32 = 40;
 pub(super) enum Place {
     /// To where mlfs is mounted.
     Mount(PathBuf),
-    /// To something inside the mount at this path.
-    Inside(PathBuf),
+    /// To something inside the mount at the first path: the second, below it.
+    Inside(PathBuf, PathBuf),
     /// To where something else is mounted: the path and the type of filesystem.
     Foreign(PathBuf, String),
     /// To something that nothing is mounted on; without symlinks.
@@ -71,7 +71,16 @@ pub(super) fn locate(path: &Path) -> anyhow::Result<Place> {
             continue;
         }
         if table.is_mlfs(&found) {
-            return Ok(Place::Inside(found));
+            let mut inside = vec![part];
+            while let Some(part) = rest.pop() {
+                // No symlink of a mount is followed here.
+                if part == ".." {
+                    inside.pop();
+                } else {
+                    inside.push(part);
+                }
+            }
+            return Ok(Place::Inside(found, inside.into_iter().collect()));
         }
         found.push(part);
         if table.is_mlfs(&found) {
@@ -160,7 +169,7 @@ pub(super) fn find(path: &Path) -> anyhow::Result<PathBuf> {
     let shown = path.display();
     match locate(path)? {
         Place::Mount(mountpoint) => Ok(mountpoint),
-        Place::Inside(mountpoint) => bail!(
+        Place::Inside(mountpoint, _) => bail!(
             "{shown}: this lies inside the mount on {mountpoint}; give that path",
             mountpoint = mountpoint.display()
         ),
@@ -170,6 +179,21 @@ pub(super) fn find(path: &Path) -> anyhow::Result<PathBuf> {
         Place::Free(_) => bail!(
             "{shown}: nothing is mounted here; `grep mlfs /proc/self/mounts` lists what mlfs has \
              mounted"
+        ),
+    }
+}
+
+/// Where mlfs is mounted, and what is meant below it, of a path that leads there or inside.
+///
+/// # Errors
+/// It leads somewhere else.
+pub(super) fn find_below(path: &Path) -> anyhow::Result<(PathBuf, PathBuf)> {
+    match locate(path)? {
+        Place::Inside(mountpoint, inside) => Ok((mountpoint, inside)),
+        Place::Mount(mountpoint) => Ok((mountpoint, PathBuf::new())),
+        Place::Foreign(..) | Place::Free(_) => bail!(
+            "{}: not on a mount of mlfs; `grep mlfs /proc/self/mounts` lists what mlfs has mounted",
+            path.display()
         ),
     }
 }
@@ -263,7 +287,7 @@ pub(super) fn check_free(path: &Path) -> anyhow::Result<PathBuf> {
         Ok(Place::Foreign(_, kind)) => bail!(
             "mount point {shown}: already mounted ({kind}); unmount it or choose another directory"
         ),
-        Ok(Place::Inside(mountpoint)) => bail!(
+        Ok(Place::Inside(mountpoint, _)) => bail!(
             "mount point {shown}: this lies inside the mount on {}; choose a directory elsewhere",
             mountpoint.display()
         ),

@@ -21,7 +21,7 @@ use crate::telemetry::{self, Log};
 use crate::tracking::Tracking;
 use crate::tracking::rest::RestTracking;
 use crate::tracking::settings::{SettingError, TrackingSettings};
-use crate::vfs::{UploadStatus, Vfs, VfsOptions};
+use crate::vfs::{Vfs, VfsOptions, moving};
 use crate::write::{SMALLEST_PART, Spill, WriteOptions, Writer};
 
 /// How often what is pending is looked at while a mount ends.
@@ -30,6 +30,10 @@ const LOOK: Duration = Duration::from_millis(50);
 const LAST_TRANSFERS: Duration = Duration::from_secs(15 * 60);
 /// However short a close's patience is, a request has this long to move.
 const LEAST_PATIENCE: Duration = Duration::from_secs(1);
+/// Most closed files that wait for the store, whatever else there is room for.
+const MOST_QUEUED: usize = 10_000;
+/// Files of this process set aside for each of them.
+const FILES_A_CLOSE: u64 = 8;
 /// Read blocks and transfers keep this share of the memory, whatever writers do.
 const FLOOR_SHARE: u64 = 8;
 
@@ -219,8 +223,37 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         umask: config.umask,
         metadata_ttl: config.metadata_ttl,
         read_only: config.read_only,
+        close: config.close,
+        side_by_side: config.transfers,
+        most_queued: most_queued(raise_file_limit()),
     };
     Ok(Vfs::new(catalog, stores, reader, writer, runtime, options))
+}
+
+/// Lets this process have as many files open as it may; returns how many those are.
+fn raise_file_limit() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: getrlimit writes to its argument only, setrlimit reads it.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            let raised = libc::rlimit {
+                rlim_cur: limit.rlim_max,
+                ..limit
+            };
+            if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) == 0 {
+                return raised.rlim_cur;
+            }
+        }
+    }
+    limit.rlim_cur
+}
+
+/// How many closed files may wait for the store: each holds its journal and its chunks open.
+fn most_queued(file_limit: u64) -> usize {
+    usize::try_from(file_limit / FILES_A_CLOSE).map_or(MOST_QUEUED, |most| most.min(MOST_QUEUED))
 }
 
 async fn serve(
@@ -274,8 +307,11 @@ async fn store_closed(vfs: &Arc<Vfs>) {
     vfs.begin_drain();
     vfs.end();
     let deadline = tokio::time::Instant::now() + LAST_TRANSFERS;
-    let moving = |file: &UploadStatus| file.state == "uploading" || file.state == "waiting";
-    while vfs.unstored().iter().any(moving) && tokio::time::Instant::now() < deadline {
+    let moves = || {
+        let unstored = vfs.unstored();
+        !moving(&unstored, false).is_empty()
+    };
+    while moves() && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(LOOK).await;
     }
 }

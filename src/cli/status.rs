@@ -71,7 +71,11 @@ fn describe(status: &Status) -> String {
         lines.push("everything written is stored".to_owned());
     }
     lines.extend(status.pending.iter().map(|file| {
-        let reason = file.reason.as_deref().unwrap_or_default();
+        let reason = match (&file.reason, &file.held_by) {
+            (Some(reason), _) => reason.clone(),
+            (None, Some(other)) => format!("comes after {other}"),
+            (None, None) => String::new(),
+        };
         format!("{:9} {:>14} {} {reason}", file.state, file.size, file.path)
     }));
     lines.join("\n")

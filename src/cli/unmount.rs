@@ -1,6 +1,5 @@
 //! `mlfs unmount`: nothing is unmounted before it is stored.
 
-use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use super::ask::{self, Unanswered};
+use super::progress::Progress;
 use super::{mounts, processes};
 use crate::config::parse_duration;
 use crate::fuse::unmount_path;
@@ -20,8 +20,6 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(10);
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 /// How often what failed is asked to be tried again.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// How often progress is printed where there is no terminal.
-const SAY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -107,7 +105,7 @@ fn wait_until_stored(path: &Path, patience: &Patience) -> anyhow::Result<Option<
                 );
             }
             Ok(status) => {
-                progress.say(&status.pending);
+                progress.show(&status.pending.iter().collect::<Vec<_>>());
                 std::thread::sleep(LOOK);
             }
             Err(Unanswered::Dead) => return Ok(None),
@@ -186,44 +184,4 @@ fn is_zombie(process: &Path) -> bool {
             .next()
             .is_some_and(|rest| rest.starts_with(" Z"))
     })
-}
-
-/// One line that is rewritten on a terminal, a line now and then elsewhere.
-struct Progress {
-    terminal: bool,
-    said: Option<Instant>,
-}
-
-impl Progress {
-    fn new() -> Self {
-        Self {
-            terminal: io::stderr().is_terminal(),
-            said: None,
-        }
-    }
-
-    fn say(&mut self, pending: &[UploadStatus]) {
-        let pause = if self.terminal { LOOK } else { SAY };
-        if self.said.is_some_and(|said| said.elapsed() < pause) {
-            return;
-        }
-        let bytes: u64 = pending.iter().map(|file| file.size).sum();
-        let text = format!(
-            "waiting for {} files ({bytes} bytes) to be stored",
-            pending.len()
-        );
-        if self.terminal {
-            eprint!("\r\x1b[K{text}");
-            let _ = io::stderr().flush();
-        } else if self.said.is_some() {
-            eprintln!("mlfs: {text}");
-        }
-        self.said = Some(Instant::now());
-    }
-
-    fn end(&self) {
-        if self.terminal && self.said.is_some() {
-            eprint!("\r\x1b[K");
-        }
-    }
 }

@@ -9,8 +9,9 @@ use clap::{Args, Subcommand};
 
 use super::ask::{self, Unanswered};
 use super::mounts;
+use super::progress::Progress;
 use crate::config::parse_duration;
-use crate::vfs::UploadStatus;
+use crate::vfs::{UploadStatus, moving};
 
 /// How often the mount is asked how far it is.
 const LOOK: Duration = Duration::from_millis(100);
@@ -102,14 +103,18 @@ fn wait(
     ids: &[String],
     list: impl Fn() -> anyhow::Result<Vec<UploadStatus>>,
 ) -> anyhow::Result<()> {
-    let meant = |upload: &UploadStatus| ids.contains(&upload.id);
+    let meant = |upload: &&UploadStatus| ids.contains(&upload.id);
+    let mut progress = Progress::new();
     loop {
-        let uploads: Vec<UploadStatus> = list()?.into_iter().filter(meant).collect();
-        let moving = |upload: &&UploadStatus| upload.state == "uploading";
-        if uploads.iter().any(|upload| moving(&upload)) {
+        let all = list().inspect_err(|_| progress.end())?;
+        let uploads: Vec<&UploadStatus> = all.iter().filter(meant).collect();
+        progress.show(&uploads);
+        // One that somebody writes to again is stored by its close.
+        if moving(&all, false).iter().any(meant) {
             std::thread::sleep(LOOK);
             continue;
         }
+        progress.end();
         let stuck: Vec<String> = uploads
             .iter()
             .filter(|upload| upload.waits_for_a_word())

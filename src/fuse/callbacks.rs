@@ -447,6 +447,22 @@ impl Filesystem for Callbacks {
         self.answering.call("readdir", inode.0, call, answer);
     }
 
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        _data_only: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.answering.call(
+            "fsyncdir",
+            inode.0,
+            |vfs| async move { vfs.synchronise_directory(inode.0).await },
+            done(reply),
+        );
+    }
+
     fn releasedir(
         &self,
         _request: &Request,

@@ -12,7 +12,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::Vfs;
-use super::uploads::UploadStatus;
+use super::closing::Item;
+use super::queue::Standing;
+use super::upload_status::UploadStatus;
 use crate::read::DiskStatus;
 
 /// Bytes of a budget.
@@ -64,11 +66,15 @@ impl Vfs {
             .into_iter()
             .filter_map(|(inode, file)| {
                 let (size, _) = file.size_and_time();
+                let item = Item::File(inode);
+                let queued = self.standing(&item).0;
+                let held_by = self.held_by(&item);
                 let state = file.state();
                 let draft = Arc::clone(state.draft.as_ref()?);
                 let name = match draft.failure() {
                     _ if state.writers > 0 => "open",
                     _ if state.publishing > 0 => "uploading",
+                    _ if queued == Some(Standing::Waiting) => "waiting",
                     Some(_) => "failed",
                     None => "waiting",
                 };
@@ -80,6 +86,8 @@ impl Vfs {
                     since: draft.since(),
                     state: name.to_owned(),
                     reason: draft.failure(),
+                    sent: draft.sent(),
+                    held_by,
                 })
             })
             .collect()

@@ -25,7 +25,7 @@ impl Vfs {
                 state.writers == 0 && state.publishing == 0
             };
             if idle {
-                self.publish_in_background(inode, file);
+                self.retry_file(inode, file);
             }
         }
         self.send_resumed();

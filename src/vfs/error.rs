@@ -38,6 +38,11 @@ impl VfsError {
         Self { errno, cause: None }
     }
 
+    pub fn because(errno: i32, cause: &str) -> Self {
+        let cause = Some(cause.into());
+        Self { errno, cause }
+    }
+
     fn caused(errno: i32, cause: &dyn std::fmt::Display) -> Self {
         let everyday = matches!(errno, libc::ENOENT);
         let cause = (!everyday).then(|| cause.to_string().into());

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::directory::FileInfo;
+use super::error::VfsError;
 use crate::read::ObjectReader;
 use crate::write::Draft;
 
@@ -34,6 +35,10 @@ pub struct FileState {
     /// It is on its way into the store, or there and not yet known to be: until the directory
     /// knows, its name counts as unpublished.
     pub storing: bool,
+    /// The draft's generation at the close that is to be published in the background.
+    pub closed: Option<u64>,
+    /// Why the last publication failed.
+    pub failed: Option<VfsError>,
     /// Set by `utimens`, or by a write.
     pub modified: Option<SystemTime>,
     /// Removed or replaced: nothing of it will be published any more.

@@ -326,10 +326,16 @@ impl Vfs {
         let handle = self.handles.file(handle)?;
         let target = self.target(handle.inode).await?;
         let draft = self.draft(&handle.file, &target);
-        Ok(draft.write(offset, data).await?)
+        loop {
+            match draft.write(offset, data.clone()).await {
+                // What is published in the background gives room in the end.
+                Err(WriteError::NoRoom { .. }) if self.queue.lock().is_moving() => {}
+                outcome => return Ok(outcome?),
+            }
+        }
     }
 
-    /// Sets a file's size. Without an open writer the change is published before this returns.
+    /// Sets a file's size. Without an open writer this is a close, too.
     pub async fn set_size(self: &Arc<Self>, inode: Inode, size: u64) -> VfsResult<()> {
         self.check_writable()?;
         if self
@@ -349,7 +355,7 @@ impl Vfs {
             state.writers > 0
         };
         if !open {
-            self.publish(inode, &file).await?;
+            self.close(inode, &file).await?;
             self.settle(inode, &file);
         }
         Ok(())
@@ -383,19 +389,7 @@ impl Vfs {
         if !changed || !handle.may_publish(thread) {
             return Ok(());
         }
-        self.publish(handle.inode, &handle.file).await
-    }
-
-    /// Makes what was written durable on local disk.
-    pub async fn synchronise(&self, handle: u64) -> VfsResult<()> {
-        let Ok(handle) = self.handles.file(handle) else {
-            return Ok(());
-        };
-        let draft = handle.file.state().draft.clone();
-        match draft {
-            Some(draft) => Ok(draft.synchronise().await?),
-            None => Ok(()),
-        }
+        self.close(handle.inode, &handle.file).await
     }
 
     /// The last descriptor of a handle is gone. What no flush has published is published now.
@@ -411,10 +405,12 @@ impl Vfs {
             handle.writable && state.writers == 0
         };
         if last_writer && file.is_dirty() {
-            self.publish_in_background(inode, file);
+            self.close_in_background(inode, file);
         } else {
             self.settle(inode, &file);
         }
+        // A manifest may have waited for this.
+        self.publish_ready();
     }
 
     pub(super) fn publish_in_background(self: &Arc<Self>, inode: Inode, file: Arc<File>) {
@@ -440,7 +436,11 @@ impl Vfs {
             let Some(draft) = draft else { return Ok(()) };
             match self.publish_once(inode, file, &draft).await {
                 Err(error) if patience.outlasts(&error, &draft).await => {}
-                outcome => return Ok(outcome?),
+                outcome => {
+                    let outcome = outcome.map_err(VfsError::from);
+                    file.state().failed = outcome.as_ref().err().cloned();
+                    return outcome;
+                }
             }
         }
     }
@@ -481,10 +481,11 @@ impl Vfs {
             }
         }
         self.note_published(inode, info);
+        self.forget_older(inode);
         Ok(())
     }
 
-    pub(super) fn note_published(&self, inode: Inode, info: FileInfo) {
+    fn note_published(&self, inode: Inode, info: FileInfo) {
         let tree = self.tree.lock();
         let Some(node) = tree.get(inode).filter(|node| !node.unlinked) else {
             return;
@@ -506,11 +507,13 @@ impl Vfs {
             let clean = state.draft.as_ref().is_some_and(|draft| !draft.is_dirty());
             if clean && state.writers == 0 && state.publishing == 0 {
                 state.draft = None;
+                state.closed = None;
             }
             if state.handles == 0 {
                 state.reader = None;
             }
         }
         self.tree.lock().reap(inode);
+        self.settled.notify_waiters();
     }
 }

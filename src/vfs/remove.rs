@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::closing::Item;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::lookup::{Place, exists_locally};
@@ -120,7 +121,7 @@ impl Vfs {
 
     /// Removes a file. What is open and unpublished of it can still be used, and is never
     /// published.
-    pub async fn unlink(&self, parent: Inode, name: &OsStr) -> VfsResult<()> {
+    pub async fn unlink(self: &Arc<Self>, parent: Inode, name: &OsStr) -> VfsResult<()> {
         self.check_writable()?;
         let name = names::from_kernel(name)?;
         let (inode, _) = self.resolve(parent, name).await?;
@@ -136,9 +137,12 @@ impl Vfs {
         }
         self.detach(&file, &place.target(name)).await;
         place.directory.names.lock().change(name, None);
-        let mut tree = self.tree.lock();
-        tree.unlink(parent, name);
-        keep_directory(&mut tree, parent);
+        {
+            let mut tree = self.tree.lock();
+            tree.unlink(parent, name);
+            keep_directory(&mut tree, parent);
+        }
+        self.dropped(&Item::File(inode));
         Ok(())
     }
 

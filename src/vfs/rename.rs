@@ -12,6 +12,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::sync::MutexGuard;
 
 use super::Vfs;
+use super::closing::Item;
 use super::directory::{Entry, FileInfo};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
@@ -52,7 +53,7 @@ impl End<'_> {
 
 impl Vfs {
     pub async fn rename(
-        &self,
+        self: &Arc<Self>,
         parent: Inode,
         name: &OsStr,
         to_parent: Inode,
@@ -98,7 +99,7 @@ impl Vfs {
     }
 
     async fn rename_file(
-        &self,
+        self: &Arc<Self>,
         (inode, file): (Inode, &Arc<File>),
         replaced: Option<(Inode, Kind)>,
         from: &End<'_>,
@@ -113,10 +114,20 @@ impl Vfs {
         let mut both: Vec<(Inode, &Arc<File>)> = vec![(inode, file)];
         both.extend(replaced.as_ref().map(|(other, file)| (*other, file)));
         both.sort_by_key(|(inode, _)| *inode);
-        let mut moving: Vec<MutexGuard<'_, ()>> = Vec::with_capacity(both.len());
-        for (_, file) in both {
-            moving.push(file.moving.lock().await);
-        }
+        let path = to.target().path;
+        let _moving = loop {
+            if !file.is_dirty() {
+                self.wait_for_turn(&path).await?;
+            }
+            let mut moving: Vec<MutexGuard<'_, ()>> = Vec::with_capacity(both.len());
+            for (_, file) in &both {
+                moving.push(file.moving.lock().await);
+            }
+            // It may have been stored before it could be locked.
+            if file.is_dirty() || self.is_its_turn(&path) {
+                break moving;
+            }
+        };
         let (published, draft) = {
             let state = file.state();
             (state.published.clone(), state.draft.clone())
@@ -129,6 +140,7 @@ impl Vfs {
         }
         if let Some(draft) = draft {
             draft.retarget(to.target()).await;
+            self.journal_again(file, &draft).await;
         }
         if let Some((_, other)) = &replaced {
             let covered = other.state().published.clone();
@@ -137,10 +149,16 @@ impl Vfs {
             // The object of the replaced file stays until this one takes its place.
             state.published = state.published.take().or(covered);
         }
-        let mut tree = self.tree.lock();
-        tree.rename(from.place.inode, from.name, to.place.inode, to.name);
-        keep_directory(&mut tree, from.place.inode);
-        tree.touch_directory(to.place.inode, SystemTime::now());
+        {
+            let mut tree = self.tree.lock();
+            tree.rename(from.place.inode, from.name, to.place.inode, to.name);
+            keep_directory(&mut tree, from.place.inode);
+            tree.touch_directory(to.place.inode, SystemTime::now());
+        }
+        if let Some((other, _)) = &replaced {
+            self.dropped(&Item::File(*other));
+        }
+        self.moved(inode);
         Ok(())
     }
 
@@ -191,7 +209,7 @@ impl Vfs {
     }
 
     async fn rename_directory(
-        &self,
+        self: &Arc<Self>,
         inode: Inode,
         replaced: Option<(Inode, Kind)>,
         from: &End<'_>,
@@ -236,12 +254,15 @@ impl Vfs {
                 .lock()
                 .change(to.name, Some(Entry::Directory));
         }
-        let mut tree = self.tree.lock();
-        forget_listings(&tree, inode);
-        tree.rename(from.place.inode, from.name, to.place.inode, to.name);
-        keep_directory(&mut tree, inode);
-        keep_directory(&mut tree, from.place.inode);
-        tree.touch_directory(to.place.inode, SystemTime::now());
+        {
+            let mut tree = self.tree.lock();
+            forget_listings(&tree, inode);
+            tree.rename(from.place.inode, from.name, to.place.inode, to.name);
+            keep_directory(&mut tree, inode);
+            keep_directory(&mut tree, from.place.inode);
+            tree.touch_directory(to.place.inode, SystemTime::now());
+        }
+        self.moved(inode);
         Ok(())
     }
 
@@ -269,6 +290,7 @@ impl Vfs {
         let draft = file.state().draft.clone();
         if let Some(draft) = draft {
             draft.retarget(target).await;
+            self.journal_again(file, &draft).await;
         }
         Ok(())
     }

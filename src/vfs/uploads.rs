@@ -4,33 +4,39 @@
 //! whose writer had closed it is sent; anything else waits for a word: one that was never closed,
 //! one whose run is gone, one in whose place something newer stands.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 
 use super::Vfs;
+use super::closing::Item;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
+use super::queue::Standing;
 use super::tree::{Inode, Order};
+use super::upload_status::UploadStatus;
 use crate::store::StoreError;
 use crate::write::{Draft, Leftover, ResumeError};
 
-/// An upload that is not done, as people see it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct UploadStatus {
-    pub id: String,
-    /// Below the mount point.
-    pub path: String,
-    /// Bytes.
-    pub size: u64,
-    /// When it was begun, in seconds since 1970.
-    pub since: u64,
-    /// `open`, `uploading`, `waiting`, `failed`, or `left` by a former mount.
-    pub state: String,
-    /// Why it failed, or waits for a word.
-    pub reason: Option<String>,
+/// Why something is not sent without a word.
+struct Refusal {
+    reason: String,
+    /// Something newer has taken its place: nobody misses it.
+    overtaken: bool,
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self {
+            reason,
+            overtaken: false,
+        }
+    }
+}
+
+fn name_of(leftover: &Leftover) -> String {
+    format!("{}/{}", leftover.store(), leftover.key())
 }
 
 /// What a former mount left, and what became of it.
@@ -49,76 +55,90 @@ enum Former {
 #[derive(Debug, Default)]
 pub(super) struct Uploads {
     former: Mutex<BTreeMap<String, Former>>,
+    /// Those that somebody said a word for: they replace whatever stands in their place.
+    told: Mutex<HashSet<String>>,
 }
 
 impl Vfs {
-    /// Takes over what former mounts left. Looks at the local disk, and at nothing else.
+    /// Takes over what former mounts left. Looks at the local disk, and at nothing else. What was
+    /// closed goes into the queue, in the order of the closes; of several files that were to have
+    /// one name, only the one that was closed last.
     pub fn take_over(&self) {
-        let mut former = self.uploads.former.lock();
-        for leftover in self.writer.leftovers() {
+        let mut found = self.writer.leftovers();
+        found.sort_by_key(Leftover::closed_at);
+        let mut last: HashMap<String, String> = HashMap::new();
+        for leftover in found.iter().filter(|it| it.closed_at().is_some()) {
+            last.insert(name_of(leftover), leftover.id().to_owned());
+        }
+        for leftover in found {
+            let (id, path) = (leftover.id().to_owned(), leftover.path().to_owned());
             tracing::info!(
-                id = leftover.id(),
-                path = leftover.path(),
+                id,
+                path,
                 size = leftover.size(),
                 "a former mount left this unsent"
             );
-            former.insert(leftover.id().to_owned(), Former::Found(leftover));
-        }
-    }
-
-    /// Sends what was taken over and can be sent without anybody's word. Of several files that were
-    /// to have one name, only the one that was closed last.
-    pub async fn recover(self: &Arc<Self>) {
-        let mut found: Vec<(String, String, Option<u64>)> = {
-            let former = self.uploads.former.lock();
-            let found = former.iter().filter_map(|(id, former)| match former {
-                Former::Found(leftover) => {
-                    let name = format!("{}/{}", leftover.store(), leftover.key());
-                    Some((id.clone(), name, leftover.closed_at()))
-                }
-                _ => None,
-            });
-            found.collect()
-        };
-        found.sort_by_key(|(_, _, closed)| std::cmp::Reverse(*closed));
-        let mut names = HashSet::new();
-        for (id, name, closed) in found {
-            if closed.is_some() && !names.insert(name) {
-                self.uploads
-                    .hold(&id, "a later version of the same file was left too");
+            let overtaken = leftover.closed_at().is_some()
+                && last.get(&name_of(&leftover)).is_some_and(|it| *it != id);
+            let unclosed = leftover.obstacle().is_some() && !leftover.is_discarded();
+            let queued = leftover.obstacle().is_none() && !leftover.is_discarded();
+            let former = if overtaken {
+                let reason = "a later version of the same file was left too";
+                Former::Left(leftover, reason.to_owned())
             } else {
-                self.resume(&id, false).await;
+                Former::Found(leftover)
+            };
+            self.uploads.former.lock().insert(id.clone(), former);
+            let mut queue = self.queue.lock();
+            if unclosed {
+                // Its directory is incomplete until somebody says what is to become of it.
+                queue.add_failed(Item::Former(id), &path);
+            } else if queued && !overtaken {
+                queue.add(Item::Former(id), &path, false);
             }
         }
     }
 
-    /// Goes on with what a former mount left; `told` means whatever stands in its place.
-    async fn resume(self: &Arc<Self>, id: &str, told: bool) {
-        if let Some(leftover) = self.uploads.take(id) {
-            self.go_on(id, leftover, told).await;
+    /// Sends what was taken over and can be sent without anybody's word; tells of the rest.
+    pub async fn recover(self: &Arc<Self>) {
+        let unclosed: Vec<String> = {
+            let former = self.uploads.former.lock();
+            let found = former.iter().filter_map(|(id, former)| match former {
+                Former::Found(it) if it.obstacle().is_some() || it.is_discarded() => Some(id),
+                _ => None,
+            });
+            found.cloned().collect()
+        };
+        for id in unclosed {
+            if let Some(leftover) = self.uploads.take(&id) {
+                self.go_on(&id, leftover, false).await;
+            }
         }
+        self.publish_ready();
     }
 
-    async fn go_on(self: &Arc<Self>, id: &str, leftover: Leftover, told: bool) {
-        let outcome = self.try_resume(leftover, told).await;
-        match outcome {
+    /// Goes on with what a former mount left, as far as making it a draft again; `told` means
+    /// whatever stands in its place. True when it is done with.
+    async fn go_on(self: &Arc<Self>, id: &str, leftover: Leftover, told: bool) -> bool {
+        match self.try_resume(leftover, told).await {
             Ok(Some(draft)) => {
-                let former = Former::Resumed(Arc::clone(&draft));
+                let former = Former::Resumed(draft);
                 self.uploads.former.lock().insert(id.to_owned(), former);
-                self.send(draft);
+                false
             }
             Ok(None) => {
                 self.uploads.former.lock().remove(id);
+                true
             }
-            Err((leftover, reason)) => {
+            Err((leftover, refusal)) => {
                 tracing::warn!(
                     id,
                     path = leftover.path(),
-                    reason,
+                    reason = refusal.reason,
                     "not sent; see `mlfs uploads`"
                 );
-                let former = Former::Left(leftover, reason);
-                self.uploads.former.lock().insert(id.to_owned(), former);
+                self.uploads.put_back(leftover, refusal.reason);
+                refusal.overtaken
             }
         }
     }
@@ -128,31 +148,31 @@ impl Vfs {
         &self,
         leftover: Leftover,
         told: bool,
-    ) -> Result<Option<Arc<Draft>>, (Leftover, String)> {
+    ) -> Result<Option<Arc<Draft>>, (Leftover, Refusal)> {
         match leftover.obstacle() {
             _ if leftover.is_discarded() => {}
             None => {}
             Some(ResumeError::Unclosed) if told => {}
-            Some(error) => return Err((leftover, error.to_string())),
+            Some(error) => return Err((leftover, error.to_string().into())),
         }
         let run = leftover.path().split('/').next().unwrap_or_default();
         if let Err(error) = self.catalog.run_entry(run).await {
             let reason = format!("its run: {error}");
-            return Err((leftover, reason));
+            return Err((leftover, reason.into()));
         }
         let store = match self.stores.locate(leftover.store()).await {
             Ok(location) => location.store,
-            Err(error) => return Err((leftover, error.to_string())),
+            Err(error) => return Err((leftover, error.to_string().into())),
         };
         if leftover.is_discarded() {
             return match leftover.discard(&store).await {
                 Ok(()) => Ok(None),
-                Err((leftover, error)) => Err((leftover, format!("discarded, but {error}"))),
+                Err((leftover, error)) => Err((leftover, format!("discarded, but {error}").into())),
             };
         }
         let standing = match leftover.standing(&store).await {
             Ok(standing) => standing,
-            Err(error) => return Err((leftover, error.to_string())),
+            Err(error) => return Err((leftover, error.to_string().into())),
         };
         if let Some(meta) = &standing {
             match leftover.is_stored(&store, meta).await {
@@ -161,17 +181,21 @@ impl Vfs {
                     return match leftover.discard(&store).await {
                         Ok(()) => Ok(None),
                         Err((leftover, error)) => {
-                            Err((leftover, format!("stored already, but {error}")))
+                            Err((leftover, format!("stored already, but {error}").into()))
                         }
                     };
                 }
                 Ok(false) if !told && leftover.is_overtaken_by(meta) => {
                     let reason = "something newer stands in its place: retry to overwrite it, or \
                                   discard this";
-                    return Err((leftover, reason.to_owned()));
+                    let refusal = Refusal {
+                        reason: reason.to_owned(),
+                        overtaken: true,
+                    };
+                    return Err((leftover, refusal));
                 }
                 Ok(false) => {}
-                Err(error) => return Err((leftover, error.to_string())),
+                Err(error) => return Err((leftover, error.to_string().into())),
             }
         }
         match leftover.resume(&self.writer, &store).await {
@@ -179,72 +203,119 @@ impl Vfs {
                 draft.replace_only(standing.and_then(|meta| meta.etag));
                 Ok(Some(draft))
             }
-            Err((leftover, error)) => Err((leftover, error.to_string())),
+            Err((leftover, error)) => Err((leftover, error.to_string().into())),
         }
     }
 
-    /// Publishes what a former mount had not, in the background.
-    fn send(self: &Arc<Self>, draft: Arc<Draft>) {
-        draft.forget_failure();
-        let vfs = Arc::clone(self);
-        self.runtime.spawn(async move {
-            let mut patience = vfs.writer.patience();
-            let outcome = loop {
-                match draft.publish().await {
-                    Err(error) if patience.outlasts(&error, &draft).await => {}
-                    outcome => break outcome,
-                }
-            };
-            match outcome {
-                Ok(_) => {
-                    tracing::info!(
-                        id = draft.id(),
-                        path = draft.target().path,
-                        "stored at last"
-                    );
-                    vfs.uploads.former.lock().remove(draft.id());
-                    // Whoever looks sees it.
-                    vfs.tree.lock().forget_listings();
-                }
-                Err(error) => {
-                    tracing::error!(id = draft.id(), path = draft.target().path, %error,
-                        "not stored; its bytes are kept: see `mlfs uploads`");
-                }
+    /// Publishes what a former mount had not; true when nothing is left to do for it.
+    pub(super) async fn publish_former(self: &Arc<Self>, id: &str) -> bool {
+        let told = self.uploads.told.lock().remove(id);
+        if let Some(leftover) = self.uploads.take(id) {
+            if self.go_on(id, leftover, told).await {
+                return true;
             }
-        });
+        } else if told && let Some(draft) = self.uploads.draft(id) {
+            let target = draft.target();
+            match target.store.head(&target.key).await {
+                Ok(meta) => draft.replace_only(meta.etag),
+                Err(StoreError::NotFound { .. }) => draft.replace_only(None),
+                // Then the former condition holds.
+                Err(error) => tracing::debug!(id, %error, "not looked at"),
+            }
+        }
+        let Some(draft) = self.uploads.draft(id) else {
+            // It was discarded, or waits for a word.
+            return self.uploads.status(id).is_none();
+        };
+        draft.forget_failure();
+        let mut patience = self.writer.patience();
+        let outcome = loop {
+            match draft.publish().await {
+                Err(error) if patience.outlasts(&error, &draft).await => {}
+                outcome => break outcome,
+            }
+        };
+        match outcome {
+            Ok(_) => {
+                let path = draft.target().path;
+                tracing::info!(id, path, "stored at last");
+                self.uploads.former.lock().remove(id);
+                // Whoever looks sees it.
+                self.tree.lock().forget_listings();
+                true
+            }
+            Err(error) => {
+                tracing::error!(id, path = draft.target().path, %error,
+                    "not stored; its bytes are kept: see `mlfs uploads`");
+                false
+            }
+        }
     }
 
     /// Sends again what was taken over and has failed.
     pub(super) fn send_resumed(self: &Arc<Self>) {
-        let failed: Vec<Arc<Draft>> = {
+        let failed: Vec<String> = {
             let former = self.uploads.former.lock();
-            let resumed = former.values().filter_map(|former| match former {
-                Former::Resumed(draft) if draft.failure().is_some() => Some(Arc::clone(draft)),
+            let resumed = former.iter().filter_map(|(id, former)| match former {
+                Former::Resumed(draft) if draft.failure().is_some() => Some(id.clone()),
                 _ => None,
             });
             resumed.collect()
         };
-        for draft in failed {
-            self.send(draft);
+        for id in failed {
+            self.retry_former(&id, false);
         }
+    }
+
+    /// Puts what a former mount left into the queue again; `told` means whatever stands in its
+    /// place by now.
+    fn retry_former(self: &Arc<Self>, id: &str, told: bool) {
+        // At once, so that whoever looks sees it on its way.
+        let Some(status) = self.uploads.set_waiting(id) else {
+            return;
+        };
+        if told {
+            self.uploads.told.lock().insert(id.to_owned());
+        }
+        let item = Item::Former(id.to_owned());
+        {
+            let mut queue = self.queue.lock();
+            match queue.standing(&item) {
+                Some(_) => queue.retry(&item),
+                None => queue.add(item, &status.path, false),
+            }
+        }
+        self.publish_ready();
     }
 
     /// Everything that is not stored, of this mount and of those before it.
     pub fn uploads(&self) -> Vec<UploadStatus> {
         let mut all = self.pending();
-        let former = self.uploads.former.lock();
-        all.extend(former.values().map(Former::status));
+        all.extend(self.former(|_| true));
         all.sort_by(|one, other| one.path.cmp(&other.path));
         all
     }
 
     /// What former mounts left and is on its way now.
     pub(super) fn resumed(&self) -> Vec<UploadStatus> {
-        let former = self.uploads.former.lock();
-        let resumed = former
-            .values()
-            .filter(|former| !matches!(former, Former::Left(..)));
-        resumed.map(Former::status).collect()
+        self.former(|former| !matches!(former, Former::Left(..)))
+    }
+
+    fn former(&self, which: impl Fn(&Former) -> bool) -> Vec<UploadStatus> {
+        let mut all: Vec<UploadStatus> = {
+            let former = self.uploads.former.lock();
+            let meant = former.values().filter(|former| which(former));
+            meant.map(Former::status).collect()
+        };
+        for upload in &mut all {
+            let item = Item::Former(upload.id.clone());
+            upload.held_by = self.held_by(&item);
+            // It may have failed, and be tried again.
+            if self.standing(&item).0 == Some(Standing::Trying) {
+                "uploading".clone_into(&mut upload.state);
+            }
+        }
+        all
     }
 
     /// Does what was written to a control file: `drain` anything; `retry` and `discard` ids, or
@@ -302,40 +373,25 @@ impl Vfs {
 
     /// Sends one again, in the background; whatever stands in its place by now.
     fn retry(self: &Arc<Self>, id: &str) {
-        if let Some((inode, file)) = self.dirty_file(id) {
-            self.publish_in_background(inode, file);
-            return;
-        }
-        let (vfs, id) = (Arc::clone(self), id.to_owned());
-        match self.uploads.draft(&id) {
-            None => {
-                // At once, so that whoever looks sees it on its way.
-                let Some(leftover) = self.uploads.take(&id) else {
-                    return;
-                };
-                self.runtime
-                    .spawn(async move { vfs.go_on(&id, leftover, true).await });
-            }
-            Some(draft) => {
-                draft.forget_failure();
-                self.runtime.spawn(async move {
-                    let target = draft.target();
-                    match target.store.head(&target.key).await {
-                        Ok(meta) => draft.replace_only(meta.etag),
-                        Err(StoreError::NotFound { .. }) => draft.replace_only(None),
-                        // Then the former condition holds.
-                        Err(error) => tracing::debug!(id, %error, "not looked at"),
-                    }
-                    vfs.send(draft);
-                });
-            }
+        match self.dirty_file(id) {
+            Some((inode, file)) => self.retry_file(inode, file),
+            None => self.retry_former(id, true),
         }
     }
 
+    /// Gives one up. A manifest may have waited for it.
     async fn discard(self: &Arc<Self>, id: &str) -> VfsResult<()> {
         if let Some((inode, file)) = self.dirty_file(id) {
-            return self.forget_changes(inode, &file).await;
+            self.forget_changes(inode, &file).await?;
+            self.dropped(&Item::File(inode));
+            return Ok(());
         }
+        self.discard_former(id).await?;
+        self.dropped(&Item::Former(id.to_owned()));
+        Ok(())
+    }
+
+    async fn discard_former(&self, id: &str) -> VfsResult<()> {
         if let Some(draft) = self.uploads.draft(id) {
             draft.detach().await;
             self.uploads.former.lock().remove(id);
@@ -366,13 +422,6 @@ impl Vfs {
     }
 }
 
-impl UploadStatus {
-    /// Whether nothing goes on with it by itself.
-    pub fn waits_for_a_word(&self) -> bool {
-        matches!(self.state.as_str(), "failed" | "left")
-    }
-}
-
 impl Former {
     fn status(&self) -> UploadStatus {
         match self {
@@ -399,6 +448,8 @@ impl Former {
                     }
                     .to_owned(),
                     reason,
+                    sent: draft.sent(),
+                    held_by: None,
                 }
             }
         }
@@ -413,6 +464,8 @@ fn describe(leftover: &Leftover, state: &str, reason: Option<String>) -> UploadS
         since: leftover.since(),
         state: state.to_owned(),
         reason,
+        sent: 0,
+        held_by: None,
     }
 }
 
@@ -435,10 +488,46 @@ impl Uploads {
         }
     }
 
-    /// Keeps a leftover until somebody says a word.
-    fn hold(&self, id: &str, reason: &str) {
-        if let Some(leftover) = self.take(id) {
-            self.put_back(leftover, reason.to_owned());
+    fn status(&self, id: &str) -> Option<UploadStatus> {
+        self.former.lock().get(id).map(Former::status)
+    }
+
+    /// What waited for a word, or has failed, is about to be tried; nothing else is touched.
+    fn set_waiting(&self, id: &str) -> Option<UploadStatus> {
+        let mut former = self.former.lock();
+        let entry = former.remove(id)?;
+        let entry = match entry {
+            Former::Left(leftover, _) => Former::Found(leftover),
+            Former::Resumed(draft) => {
+                draft.forget_failure();
+                Former::Resumed(draft)
+            }
+            other => other,
+        };
+        let status = entry.status();
+        former.insert(id.to_owned(), entry);
+        Some(status)
+    }
+
+    /// The ids of those at or below a path.
+    pub fn below(&self, path: &str) -> Vec<String> {
+        let former = self.former.lock();
+        let below = former.iter().filter(|(_, former)| {
+            let status = former.status();
+            let rest = status.path.strip_prefix(path);
+            rest.is_some_and(|rest| path.is_empty() || rest.is_empty() || rest.starts_with('/'))
+        });
+        below.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Whether the writer of what was left had closed it.
+    pub fn was_closed(&self, id: &str) -> bool {
+        match self.former.lock().get(id) {
+            Some(Former::Found(leftover) | Former::Left(leftover, _)) => {
+                leftover.closed_at().is_some()
+            }
+            Some(Former::Resumed(_) | Former::Busy(_)) => true,
+            None => false,
         }
     }
 

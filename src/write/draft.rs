@@ -55,6 +55,8 @@ pub(super) struct State {
     /// The file was unlinked: nothing of it will be published.
     pub detached: bool,
     pub failure: Option<String>,
+    /// Publish this generation and no other.
+    pub only: Option<u64>,
     /// What must stand under the name for a file without a base to take its place: that of a former
     /// mount must not overwrite what came since.
     pub guard: Option<Condition>,
@@ -131,6 +133,7 @@ impl Draft {
             sequential: true,
             detached: false,
             failure: None,
+            only: None,
             guard: None,
             journal: None,
             journal_failed: false,
@@ -181,6 +184,28 @@ impl Draft {
     /// Bytes of the file now.
     pub fn size(&self) -> u64 {
         self.state.lock().size
+    }
+
+    /// Bytes of it that the store has confirmed, in an upload that is not complete yet.
+    pub fn sent(&self) -> u64 {
+        let state = self.state.lock();
+        let parts = state.chunks.iter().map(|(index, chunk)| {
+            let part = state.part(*index);
+            let length = part.end.saturating_sub(part.start);
+            if chunk.is_sent(length) { length } else { 0 }
+        });
+        parts.sum()
+    }
+
+    /// Rises with every change of its size or content.
+    pub fn generation(&self) -> u64 {
+        self.state.lock().generation
+    }
+
+    /// From now on only the file as it was at this generation is published: once it is another,
+    /// [`Self::publish`] does nothing. `None` lifts that.
+    pub fn publish_only(&self, generation: Option<u64>) {
+        self.state.lock().only = generation;
     }
 
     /// Whether the store lacks something of it.

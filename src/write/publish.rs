@@ -100,7 +100,7 @@ impl Draft {
 
     fn snapshot(&self) -> Option<Snapshot> {
         let mut state = self.state.lock();
-        if state.detached || state.published == Some(state.generation) {
+        if state.detached || state.published == Some(state.generation) || state.is_another() {
             return None;
         }
         state.low_water = state.size;
@@ -127,6 +127,15 @@ impl Draft {
         } else {
             self.complete(&target, snapshot.size, condition).await
         }
+    }
+
+    /// Whether these versions of its chunks are of a later generation than may be published.
+    fn has_later(&self, versions: &Versions) -> bool {
+        let Some(only) = self.state.lock().only else {
+            return false;
+        };
+        let mut versions = versions.values();
+        versions.any(|version| *version != UNTOUCHED && *version > only)
     }
 
     /// One PUT.
@@ -164,6 +173,9 @@ impl Draft {
             }
         };
         let (payload, _reservation) = payload;
+        if self.has_later(&versions) {
+            return Ok(None);
+        }
         if mixed {
             self.note_completing(size, None, Some(payload.crc32c));
         }
@@ -184,7 +196,11 @@ impl Draft {
         let Some(parts) = parts? else {
             return Ok(None);
         };
-        if !self.state.lock().recorded {
+        let unrecorded = {
+            let state = self.state.lock();
+            !state.recorded && !state.is_another()
+        };
+        if unrecorded {
             // The disk had no room; by now it needs none.
             let _ = self.append_manifest(true);
         }
@@ -192,6 +208,9 @@ impl Draft {
             .iter()
             .map(|(index, version, _)| (*index, *version))
             .collect();
+        if self.has_later(&versions) {
+            return Ok(None);
+        }
         let receipts: Vec<PartReceipt> = parts.into_iter().map(|(_, _, receipt)| receipt).collect();
         let begun = &upload.target;
         let renamed = begun.key != target.key;
@@ -266,7 +285,7 @@ impl Draft {
     async fn record_close(self: &Arc<Self>) {
         let written = {
             let state = self.state.lock();
-            state.recorded && state.recorded_closed
+            (state.recorded && state.recorded_closed) || state.is_another()
         };
         if written {
             return;
@@ -513,6 +532,11 @@ impl Draft {
 const UNTOUCHED: u64 = u64::MAX;
 
 impl State {
+    /// Whether the file is another by now than may be published.
+    fn is_another(&self) -> bool {
+        self.only.is_some_and(|only| only != self.generation)
+    }
+
     /// A modification counts only over the version it started from; a new file wins always.
     fn condition(&self) -> Condition {
         let Some(base) = self.base.as_ref().filter(|_| self.base_limit > 0) else {

@@ -283,6 +283,7 @@ impl Leftover {
             held: false,
             detached: false,
             failure: self.replayed.failure.clone(),
+            only: None,
             guard: None,
             journal: Some(Arc::new(journal)),
             journal_failed: false,

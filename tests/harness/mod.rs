@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod journaled;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -14,7 +14,9 @@ use mlfs::read::{ReadOptions, Reader};
 use mlfs::store::Stores;
 use mlfs::store::s3::S3Settings;
 use mlfs::tracking::{Lifecycle, Page, Run, Tracking, TrackingResult};
-use mlfs::vfs::{Access, EntryAttributes, FileKind, Inode, ROOT, Vfs, VfsError, VfsOptions};
+use mlfs::vfs::{
+    Access, CloseMode, EntryAttributes, FileKind, Inode, ROOT, Vfs, VfsError, VfsOptions,
+};
 use mlfs::write::{Spill, WriteOptions, Writer};
 
 use super::operations::PART;
@@ -125,6 +127,9 @@ impl Mount {
             umask: 0o022,
             metadata_ttl: ttl,
             read_only: false,
+            close: CloseMode::Stored,
+            side_by_side: 4,
+            most_queued: 100,
         };
         let stores = Arc::clone(stores);
         let vfs = Vfs::new(
