@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use harness::{Lab, close, kill, noise, wait_until};
@@ -16,7 +17,7 @@ const ROUNDS: usize = 50;
 /// Sizes of the files that are written side by side in each round, bytes.
 const SIZES: [usize; 4] = [4_000, 700_000, (7 << 20) + 5, 23 << 20];
 /// A round ends at a random moment before this; writing it all takes about as long.
-const LONGEST_LIFE: u64 = 120;
+const LONGEST_LIFE: u64 = 300;
 const FLAGS: &[&str] = &["--part-size", "5MiB", "--memory", "64MiB"];
 
 /// Content that tells its file and every place in it.
@@ -24,6 +25,32 @@ fn content(round: usize, size: usize) -> Vec<u8> {
     let mut bytes = noise(size + round * 8);
     bytes.drain(..round * 8);
     bytes
+}
+
+/// Of the files that are written anew in each round, in place or by a rename, bytes. They differ from
+/// round to round by their first word.
+const AGAIN: usize = (6 << 20) + 3;
+
+static ANEW: LazyLock<Vec<u8>> = LazyLock::new(|| noise(AGAIN));
+
+fn again(round: usize) -> Vec<u8> {
+    let mut bytes = ANEW.clone();
+    bytes[..8].copy_from_slice(&round.to_le_bytes());
+    bytes
+}
+
+/// The round whose content this is, whole.
+fn round_of(bytes: &[u8]) -> usize {
+    let word = bytes[..8].try_into().expect("a first word");
+    let round = usize::from_le_bytes(word);
+    assert!(bytes == again(round), "neither an old content nor a new");
+    round
+}
+
+/// Writes under another name, and renames over the last round's; whether that was confirmed.
+fn replace(folder: PathBuf, name: &str, data: &[u8]) -> bool {
+    let temporary = folder.join(format!("{name}.part"));
+    write(temporary.clone(), data) && fs::rename(temporary, folder.join(name)).is_ok()
 }
 
 /// Writes in pieces and closes; whether the close was confirmed.
@@ -37,6 +64,15 @@ fn write(path: PathBuf, data: &[u8]) -> bool {
     written && close(file) == 0
 }
 
+/// Under a name that is written to in each round is what was confirmed last, or something later.
+fn check_repeated(lab: &Lab, name: &str, confirmed: Option<usize>, latest: usize) {
+    let shown = lab.stored(name).map(|stored| round_of(&stored));
+    assert!(
+        shown >= confirmed && shown <= Some(latest),
+        "{name}: round {shown:?} is shown, and {confirmed:?} was confirmed"
+    );
+}
+
 #[test]
 fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half() {
     let rounds = std::env::var("MLFS_CRASH_ROUNDS");
@@ -45,6 +81,9 @@ fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half()
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     // Name → round and size.
     let mut unconfirmed = BTreeMap::new();
+    // Of the two files that are written again and again: the last round that was confirmed.
+    let mut confirmed = [("overwritten", None), ("replaced", None)];
+    let mut times = 0;
     for round in 0..rounds {
         let mount = lab.mount_with(FLAGS);
         let contents = SIZES.map(|size| content(round, size));
@@ -55,12 +94,25 @@ fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half()
             let thread = std::thread::spawn(move || write(path, &data));
             (name, size, thread)
         });
+        let (first, second) = (again(round), again(round));
+        let (path, folder) = (mount.at("overwritten"), mount.at(""));
+        let repeated = [
+            std::thread::spawn(move || write(path, &first)),
+            std::thread::spawn(move || replace(folder, "replaced", &second)),
+        ];
         seed ^= seed << 13;
         seed ^= seed >> 7;
         seed ^= seed << 17;
         // Chance, not patience: nothing is decided by how long this takes.
         std::thread::sleep(Duration::from_millis(seed % LONGEST_LIFE));
         kill(&mount);
+        for (thread, (name, last)) in repeated.into_iter().zip(&mut confirmed) {
+            if thread.join().expect("the writer") {
+                *last = Some(round);
+                times += 1;
+            }
+            check_repeated(&lab, name, *last, round);
+        }
         for (name, size, thread) in writers {
             if thread.join().expect("the writer") {
                 let stored = lab.stored(&name).expect("what was confirmed is stored");
@@ -83,6 +135,9 @@ fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half()
         .iter()
         .map(|upload| upload["path"].as_str().unwrap())
         .collect();
+    for (name, last) in confirmed {
+        check_repeated(&lab, name, last, rounds - 1);
+    }
     let mut finished = 0;
     for (name, (round, size)) in &unconfirmed {
         if let Some(stored) = lab.stored(name) {
@@ -97,15 +152,18 @@ fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half()
     }
     println!(
         "{rounds} rounds: {} closes not confirmed; {finished} of these files are stored all the \
-         same, {} are kept unfinished, the rest had not got as far as the disk",
+         same, {} are kept unfinished, the rest had not got as far as the disk; {times} overwrites \
+         and replacements confirmed",
         unconfirmed.len(),
         left.len()
     );
     for upload in status["uploads"].as_array().unwrap() {
-        assert!(
-            upload["reason"].as_str().unwrap().contains("not closed"),
-            "{upload}"
-        );
+        let reason = upload["reason"].as_str().unwrap();
+        let path = upload["path"].as_str().unwrap();
+        // What is written to in each round may have been overtaken by a later round.
+        let repeated = path.ends_with("overwritten") || path.ends_with(".part");
+        let expected = reason.contains("not closed") || repeated && reason.contains("newer");
+        assert!(expected, "{upload}");
     }
     fs::write(mount.path.join(".mlfs/discard"), "all").unwrap();
     // An upload whose beginning was answered as the mount died is nobody's; it holds no part.

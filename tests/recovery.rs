@@ -214,6 +214,38 @@ fn what_the_store_had_already_is_recognised() {
 }
 
 #[test]
+fn what_was_appended_to_a_stored_file_is_completed_by_the_next_mount() {
+    let lab = Lab::new();
+    // Cut at the object's end, which no part size gives.
+    let mut expected = noise(3 * PART + 1234);
+    lab.put("f", expected.clone());
+    let appended = noise(PART + 77);
+    let mount = lab.mount_with(SMALL_PARTS);
+    lab.s3.hold(Kind::CompleteMultipart);
+    let (path, data) = (mount.at("f"), appended.clone());
+    let writer = std::thread::spawn(move || {
+        let mut file = File::options().append(true).open(path).unwrap();
+        file.write_all(&data).is_ok() && close(file) == 0
+    });
+    wait_until("all parts to be there", || {
+        lab.s3.stats().of(Kind::CompleteMultipart).requests == 1
+    });
+    kill(&mount);
+    assert!(!writer.join().unwrap());
+    lab.s3.release(Kind::CompleteMultipart);
+    let sent = lab.s3.stats().of(Kind::UploadPart);
+    assert_eq!(sent.bytes_in, appended.len() as u64);
+    let next = lab.mount_with(SMALL_PARTS);
+    expected.extend_from_slice(&appended);
+    wait_until("the file to be stored", || {
+        lab.stored("f").is_some_and(|stored| stored == expected)
+    });
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, sent.requests);
+    wait_until("it to be forgotten", || uploads(&next).is_empty());
+    assert_eq!(lab.s3.uploads(), 0);
+}
+
+#[test]
 fn mounts_of_one_spill_directory_leave_each_others_files_alone() {
     let lab = Lab::new();
     let mount = lab.mount_with(SMALL_PARTS);
