@@ -264,7 +264,9 @@ fn another_servers_uploads_are_left_alone() {
     let mount = lab.mount_with(SMALL_PARTS);
     let mut file = File::create(mount.at("f")).unwrap();
     file.write_all(&noise(2 * PART)).unwrap();
-    wait_until("the upload to begin", || lab.s3.uploads() == 1);
+    wait_until("the upload to be in the journal", || {
+        lab.s3.uploads() == 1 && !lab.journals().is_empty()
+    });
     kill(&mount);
     drop(file);
     let elsewhere = Lab::new();
@@ -396,10 +398,15 @@ fn kill_while_closing(lab: &Lab, mount: &Mount<'_>, name: &str, content: &[u8]) 
 fn kill_while_closing_held(lab: &Lab, mount: &Mount<'_>, name: &str, content: &[u8]) {
     lab.s3.hold(Kind::Put);
     let before = lab.journals_of_closed_files();
+    let requests = lab.s3.stats().of(Kind::Put).requests;
     let writer = write_in_background(mount.at(name), content.to_vec());
-    wait_until("the close to be in the journal", || {
-        lab.journals_of_closed_files() > before
-    });
+    wait_until(
+        "the close to be in the journal, and its request held",
+        || {
+            lab.journals_of_closed_files() > before
+                && lab.s3.stats().of(Kind::Put).requests > requests
+        },
+    );
     kill(mount);
     writer.join().unwrap();
 }

@@ -4,15 +4,14 @@
 //! whose writer had closed it is sent; anything else waits for a word: one that was never closed,
 //! one whose run is gone, one in whose place something newer stands.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
-
-use parking_lot::Mutex;
 
 use super::Vfs;
 use super::closing::Item;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
+use super::former::Former;
 use super::queue::Standing;
 use super::tree::{Inode, Order};
 use super::upload_status::UploadStatus;
@@ -37,26 +36,6 @@ impl From<String> for Refusal {
 
 fn name_of(leftover: &Leftover) -> String {
     format!("{}/{}", leftover.store(), leftover.key())
-}
-
-/// What a former mount left, and what became of it.
-#[derive(Debug)]
-enum Former {
-    /// Not looked at yet.
-    Found(Leftover),
-    /// Waits for a word, and why.
-    Left(Leftover, String),
-    /// Being looked at or sent.
-    Resumed(Arc<Draft>),
-    Busy(UploadStatus),
-}
-
-/// Everything that former mounts left and that is not done, by id.
-#[derive(Debug, Default)]
-pub(super) struct Uploads {
-    former: Mutex<BTreeMap<String, Former>>,
-    /// Those that somebody said a word for: they replace whatever stands in their place.
-    told: Mutex<HashSet<String>>,
 }
 
 impl Vfs {
@@ -110,7 +89,8 @@ impl Vfs {
             found.cloned().collect()
         };
         for id in unclosed {
-            if let Some(leftover) = self.uploads.take(&id) {
+            // Somebody may have said a word meanwhile: then it is in the queue.
+            if let Some(leftover) = self.uploads.take_found(&id) {
                 self.go_on(&id, leftover, false).await;
             }
         }
@@ -122,7 +102,7 @@ impl Vfs {
     async fn go_on(self: &Arc<Self>, id: &str, leftover: Leftover, told: bool) -> bool {
         match self.try_resume(leftover, told).await {
             Ok(Some(draft)) => {
-                let former = Former::Resumed(draft);
+                let former = Former::Resumed { draft, told: false };
                 self.uploads.former.lock().insert(id.to_owned(), former);
                 false
             }
@@ -209,12 +189,11 @@ impl Vfs {
 
     /// Publishes what a former mount had not; true when nothing is left to do for it.
     pub(super) async fn publish_former(self: &Arc<Self>, id: &str) -> bool {
-        let told = self.uploads.told.lock().remove(id);
-        if let Some(leftover) = self.uploads.take(id) {
+        if let Some((leftover, told)) = self.uploads.take(id) {
             if self.go_on(id, leftover, told).await {
                 return true;
             }
-        } else if told && let Some(draft) = self.uploads.draft(id) {
+        } else if let Some(draft) = self.uploads.take_word(id) {
             let target = draft.target();
             match target.store.head(&target.key).await {
                 Ok(meta) => draft.replace_only(meta.etag),
@@ -257,7 +236,7 @@ impl Vfs {
         let failed: Vec<String> = {
             let former = self.uploads.former.lock();
             let resumed = former.iter().filter_map(|(id, former)| match former {
-                Former::Resumed(draft) if draft.failure().is_some() => Some(id.clone()),
+                Former::Resumed { draft, .. } if draft.failure().is_some() => Some(id.clone()),
                 _ => None,
             });
             resumed.collect()
@@ -271,12 +250,9 @@ impl Vfs {
     /// place by now.
     fn retry_former(self: &Arc<Self>, id: &str, told: bool) {
         // At once, so that whoever looks sees it on its way.
-        let Some(status) = self.uploads.set_waiting(id) else {
+        let Some(status) = self.uploads.set_waiting(id, told) else {
             return;
         };
-        if told {
-            self.uploads.told.lock().insert(id.to_owned());
-        }
         let item = Item::Former(id.to_owned());
         {
             let mut queue = self.queue.lock();
@@ -397,7 +373,7 @@ impl Vfs {
             self.uploads.former.lock().remove(id);
             return Ok(());
         }
-        let Some(leftover) = self.uploads.take(id) else {
+        let Some((leftover, _)) = self.uploads.take(id) else {
             return Err(VfsError::NOT_FOUND);
         };
         let store = match self.stores.locate(leftover.store()).await {
@@ -418,130 +394,6 @@ impl Vfs {
                 self.uploads.put_back(leftover, reason);
                 Err(error.into())
             }
-        }
-    }
-}
-
-impl Former {
-    fn status(&self) -> UploadStatus {
-        match self {
-            Self::Busy(status) => status.clone(),
-            Self::Found(leftover) => describe(leftover, "waiting", None),
-            Self::Left(leftover, reason) => {
-                let reason = match leftover.failure() {
-                    Some(failure) => format!("{reason}; {failure}"),
-                    None => reason.clone(),
-                };
-                describe(leftover, "left", Some(reason))
-            }
-            Self::Resumed(draft) => {
-                let reason = draft.failure();
-                UploadStatus {
-                    id: draft.id().to_owned(),
-                    path: draft.target().path,
-                    size: draft.size(),
-                    since: draft.since(),
-                    state: if reason.is_some() {
-                        "failed"
-                    } else {
-                        "uploading"
-                    }
-                    .to_owned(),
-                    reason,
-                    sent: draft.sent(),
-                    held_by: None,
-                }
-            }
-        }
-    }
-}
-
-fn describe(leftover: &Leftover, state: &str, reason: Option<String>) -> UploadStatus {
-    UploadStatus {
-        id: leftover.id().to_owned(),
-        path: leftover.path().to_owned(),
-        size: leftover.size(),
-        since: leftover.since(),
-        state: state.to_owned(),
-        reason,
-        sent: 0,
-        held_by: None,
-    }
-}
-
-impl Uploads {
-    /// Takes a leftover out, to be worked on; meanwhile it counts as on its way.
-    fn take(&self, id: &str) -> Option<Leftover> {
-        let mut former = self.former.lock();
-        let entry = former.get_mut(id)?;
-        let busy = Former::Busy(UploadStatus {
-            state: "uploading".to_owned(),
-            reason: None,
-            ..entry.status()
-        });
-        match std::mem::replace(entry, busy) {
-            Former::Found(leftover) | Former::Left(leftover, _) => Some(leftover),
-            other => {
-                *entry = other;
-                None
-            }
-        }
-    }
-
-    fn status(&self, id: &str) -> Option<UploadStatus> {
-        self.former.lock().get(id).map(Former::status)
-    }
-
-    /// What waited for a word, or has failed, is about to be tried; nothing else is touched.
-    fn set_waiting(&self, id: &str) -> Option<UploadStatus> {
-        let mut former = self.former.lock();
-        let entry = former.remove(id)?;
-        let entry = match entry {
-            Former::Left(leftover, _) => Former::Found(leftover),
-            Former::Resumed(draft) => {
-                draft.forget_failure();
-                Former::Resumed(draft)
-            }
-            other => other,
-        };
-        let status = entry.status();
-        former.insert(id.to_owned(), entry);
-        Some(status)
-    }
-
-    /// The ids of those at or below a path.
-    pub fn below(&self, path: &str) -> Vec<String> {
-        let former = self.former.lock();
-        let below = former.iter().filter(|(_, former)| {
-            let status = former.status();
-            let rest = status.path.strip_prefix(path);
-            rest.is_some_and(|rest| path.is_empty() || rest.is_empty() || rest.starts_with('/'))
-        });
-        below.map(|(id, _)| id.clone()).collect()
-    }
-
-    /// Whether the writer of what was left had closed it.
-    pub fn was_closed(&self, id: &str) -> bool {
-        match self.former.lock().get(id) {
-            Some(Former::Found(leftover) | Former::Left(leftover, _)) => {
-                leftover.closed_at().is_some()
-            }
-            Some(Former::Resumed(_) | Former::Busy(_)) => true,
-            None => false,
-        }
-    }
-
-    fn put_back(&self, leftover: Leftover, reason: String) {
-        let id = leftover.id().to_owned();
-        self.former
-            .lock()
-            .insert(id, Former::Left(leftover, reason));
-    }
-
-    fn draft(&self, id: &str) -> Option<Arc<Draft>> {
-        match self.former.lock().get(id) {
-            Some(Former::Resumed(draft)) => Some(Arc::clone(draft)),
-            _ => None,
         }
     }
 }
