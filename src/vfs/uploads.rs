@@ -59,13 +59,21 @@ impl Vfs {
             );
             let overtaken = leftover.closed_at().is_some()
                 && last.get(&name_of(&leftover)).is_some_and(|it| *it != id);
-            let unclosed = leftover.obstacle().is_some() && !leftover.is_discarded();
-            let queued = leftover.obstacle().is_none() && !leftover.is_discarded();
-            let former = if overtaken {
-                let reason = "a later version of the same file was left too";
-                Former::Left(leftover, reason.to_owned())
-            } else {
-                Former::Found(leftover)
+            let discarded = leftover.is_discarded();
+            let obstacle = leftover.obstacle().filter(|_| !discarded);
+            let unclosed = obstacle.is_some();
+            let queued = !unclosed && !discarded;
+            let former = match obstacle {
+                Some(obstacle) => {
+                    let reason = obstacle.to_string();
+                    tracing::warn!(id, path, reason, "not sent; see `mlfs uploads`");
+                    Former::Left(leftover, reason)
+                }
+                None if overtaken => {
+                    let reason = "a later version of the same file was left too";
+                    Former::Left(leftover, reason.to_owned())
+                }
+                None => Former::Found(leftover),
             };
             self.uploads.former.lock().insert(id.clone(), former);
             let mut queue = self.queue.lock();
@@ -78,17 +86,18 @@ impl Vfs {
         }
     }
 
-    /// Sends what was taken over and can be sent without anybody's word; tells of the rest.
+    /// Sends what was taken over and can be sent without anybody's word, and gives up in the store
+    /// what was discarded when it could not be reached.
     pub async fn recover(self: &Arc<Self>) {
-        let unclosed: Vec<String> = {
+        let discarded: Vec<String> = {
             let former = self.uploads.former.lock();
             let found = former.iter().filter_map(|(id, former)| match former {
-                Former::Found(it) if it.obstacle().is_some() || it.is_discarded() => Some(id),
+                Former::Found(it) if it.is_discarded() => Some(id),
                 _ => None,
             });
             found.cloned().collect()
         };
-        for id in unclosed {
+        for id in discarded {
             // Somebody may have said a word meanwhile: then it is in the queue.
             if let Some(leftover) = self.uploads.take_found(&id) {
                 self.go_on(&id, leftover, false).await;
