@@ -19,7 +19,7 @@ use crate::store::{PartReceipt, checksum};
 const STEP: usize = 64 * 1024;
 /// Once a chunk holds this much its buffer is made as large as the part at once: untouched pages
 /// cost nothing, growing again and again costs copies.
-const FULL_SIZE_FROM: usize = 1 << 20;
+const FULL_SIZE_FROM: usize = 256 * 1024;
 
 /// The bytes of a run in memory; byte 0 stands at `origin` in the chunk.
 #[derive(Debug)]
@@ -105,9 +105,15 @@ pub(super) enum Refusal {
 }
 
 impl Chunk {
-    /// A chunk with its first bytes, if the budget allows.
-    pub fn new(room: &Room, at: u64, data: &[u8], size: u64) -> Option<Self> {
-        let mut buffer = Buffer::with_room(room, data.len(), at, size)?;
+    /// A chunk of `size` bytes with its first ones, if the budget allows; `fills` says that all of
+    /// it is about to be written.
+    pub fn new(room: &Room, at: u64, data: &[u8], size: u64, fills: bool) -> Option<Self> {
+        let length = if fills {
+            (size - at) as usize
+        } else {
+            data.len()
+        };
+        let mut buffer = Buffer::with_room(room, length, at, size)?;
         buffer.bytes.extend_from_slice(data);
         Some(Self {
             data: Data::Memory(Arc::new(buffer)),
@@ -287,15 +293,17 @@ impl Buffer {
 
     /// An empty buffer with room for `length` bytes from `origin` on, in a chunk of `size` bytes.
     fn with_room(room: &Room, length: usize, origin: u64, size: u64) -> Option<Self> {
-        let capacity = capacity(length, (size - origin) as usize);
-        let (bytes, reservation) = match room.pool.take(capacity) {
-            Some(kept) => kept,
-            None => {
-                let reserved = round_up(length) as u64;
-                let reservation = room.budget.try_reserve(Class::Write, reserved)?;
-                (Vec::with_capacity(capacity), reservation)
-            }
-        };
+        let whole = (size - origin) as usize;
+        let capacity = capacity(length, whole);
+        let reserved = round_up(length) as u64;
+        let fresh = |reservation| (Vec::with_capacity(capacity), reservation);
+        // A little is not got by giving up a kept buffer: that one is taken.
+        let (bytes, reservation) = room
+            .pool
+            .take(capacity)
+            .or_else(|| Some(fresh(room.budget.try_reserve_free(Class::Write, reserved)?)))
+            .or_else(|| room.pool.take(whole))
+            .or_else(|| Some(fresh(room.budget.try_reserve(Class::Write, reserved)?)))?;
         Some(Self {
             bytes,
             origin,
@@ -344,4 +352,37 @@ fn capacity(length: usize, limit: usize) -> usize {
         .next_power_of_two()
         .clamp(STEP, limit.max(STEP))
         .max(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: usize = 1 << 20;
+
+    fn room(limit: usize) -> Room {
+        let budget = Budget::plain(limit as u64);
+        let pool = Pool::new(Arc::clone(&budget), SIZE, 8);
+        Room { budget, pool }
+    }
+
+    #[test]
+    fn a_little_is_not_got_by_giving_up_a_kept_buffer() {
+        let room = room(SIZE);
+        drop(Chunk::new(&room, 0, &vec![1; SIZE], SIZE as u64, false).unwrap());
+        let kept = room.budget.used();
+        assert_eq!(kept, SIZE as u64);
+        let chunk = Chunk::new(&room, 0, b"little", SIZE as u64, false).unwrap();
+        assert_eq!((chunk.memory(), room.budget.used()), (kept, kept));
+        assert_eq!(chunk.read(0..6).unwrap(), &b"little"[..]);
+    }
+
+    #[test]
+    fn what_will_fill_its_chunk_has_all_of_its_memory_from_the_beginning_or_waits() {
+        let room = room(SIZE + SIZE / 2);
+        let first = Chunk::new(&room, 0, b"begun", SIZE as u64, true).unwrap();
+        assert_eq!(first.memory(), SIZE as u64);
+        assert!(Chunk::new(&room, 0, b"begun", SIZE as u64, true).is_none());
+        assert!(Chunk::new(&room, 0, b"begun", SIZE as u64, false).is_some());
+    }
 }

@@ -512,6 +512,7 @@ impl State {
         let whole = bounds.end - bounds.start;
         let new_end = at + data.len() as u64;
         self.note_rewriting(index);
+        let fills = relative == 0 && whole <= writer.options.part_size && self.is_full_before(at);
         match self.chunks.get_mut(&index) {
             Some(chunk) => match chunk.write(&writer.room, relative, data, whole) {
                 Ok(()) => {}
@@ -529,7 +530,7 @@ impl State {
                     return Some(refusal);
                 }
             },
-            None => match Chunk::new(&writer.room, relative, data, whole) {
+            None => match Chunk::new(&writer.room, relative, data, whole, fills) {
                 Some(chunk) => {
                     self.chunks.insert(index, chunk);
                 }
@@ -546,6 +547,18 @@ impl State {
             chunk.touched = writer.tick();
         }
         None
+    }
+
+    /// Whether the chunk that ends at `at` was written from its first byte to its last: who does
+    /// that is about to do the same to the next. Its memory is reserved as a whole then, so that no
+    /// buffer kept for it has to go, page by page, while it grows.
+    fn is_full_before(&self, at: u64) -> bool {
+        let Some(before) = at.checked_sub(1).map(|last| self.geometry.index(last)) else {
+            return false;
+        };
+        let range = self.geometry.range(before);
+        let full = 0..range.end - range.start;
+        self.chunks.get(&before).is_some_and(|it| it.local == full)
     }
 
     /// Like a write, but content and size stay what they were: only the run grows.
