@@ -24,6 +24,12 @@ const SMALLEST_MEMORY: u64 = 64 * MIB;
 const SMALLEST_CACHE: u64 = 64 * MIB;
 /// What the disk cache may take when only its folder is named.
 const DEFAULT_CACHE: u64 = 20 << 30;
+/// The default, where there is room for as many as can be on their way.
+const DEFAULT_PART: u64 = 16 * MIB;
+/// Of a budget, what writers can have besides those who read: five of so many shares.
+const SHARES: u64 = 8;
+/// Parts that are being written to, besides those that are sent.
+const PARTS_IN_HAND: u64 = 2;
 /// A budget must hold this many parts.
 const PARTS_IN_MEMORY: u64 = 4;
 /// Bytes of the mount point in the name of its log; a filesystem takes 255, with the extension.
@@ -112,10 +118,11 @@ pub struct MountArguments {
     #[arg(long, env = "MLFS_CLOSE", value_enum, default_value_t = CloseFlag::Stored)]
     pub close: CloseFlag,
 
-    /// Bytes of a part of a multipart upload, 5MiB to 5GiB
-    #[arg(long, env = "MLFS_PART_SIZE", value_name = "SIZE", default_value = "16MiB",
-          value_parser = parse_size, allow_negative_numbers = true)]
-    pub part_size: u64,
+    /// Bytes of a part of a multipart upload, 5MiB to 5GiB [default: 16MiB; less, where --memory
+    /// has no room for --transfers of those]
+    #[arg(long, env = "MLFS_PART_SIZE", value_name = "SIZE", value_parser = parse_size,
+          allow_negative_numbers = true)]
+    pub part_size: Option<u64>,
 
     /// Most uploads in flight, and most prefetches, 1 to 256
     #[arg(
@@ -205,6 +212,14 @@ pub struct Config {
     pub log_level: tracing::Level,
 }
 
+/// As large as parts can be with `transfers` of them on their way in `memory` bytes: each
+/// connection carries only so much, and what waits for one of its own is of no use.
+fn default_part_size(memory: u64, transfers: usize) -> u64 {
+    let parts = transfers as u64 + PARTS_IN_HAND;
+    let fits = memory / SHARES * 5 / parts / MIB * MIB;
+    fits.clamp(SMALLEST_PART, DEFAULT_PART)
+}
+
 impl MountArguments {
     /// Checks what was told and fills in what was not.
     ///
@@ -217,25 +232,28 @@ impl MountArguments {
                  such as http://localhost:5000"
             );
         };
-        if !(SMALLEST_PART..=LARGEST_PART).contains(&self.part_size) {
-            bail!("--part-size {}: give 5MiB to 5GiB", self.part_size);
+        if !(1..=256).contains(&self.transfers) {
+            bail!("--transfers {}: give 1 to 256", self.transfers);
         }
         let memory = self.memory.unwrap_or_else(default_memory);
-        let least = SMALLEST_MEMORY.max(PARTS_IN_MEMORY * self.part_size);
+        let part_size = self
+            .part_size
+            .unwrap_or_else(|| default_part_size(memory, self.transfers));
+        if !(SMALLEST_PART..=LARGEST_PART).contains(&part_size) {
+            bail!("--part-size {part_size}: give 5MiB to 5GiB");
+        }
+        let least = SMALLEST_MEMORY.max(PARTS_IN_MEMORY * part_size);
         if memory < least {
             bail!(
                 "--memory {memory}: give at least {least} bytes ({PARTS_IN_MEMORY} times \
                  --part-size, and 64MiB), or a smaller --part-size"
             );
         }
-        if self.spill_size < self.part_size {
+        if self.spill_size < part_size {
             bail!(
-                "--spill-size {}: give at least one --part-size",
+                "--spill-size {}: give at least one --part-size ({part_size})",
                 self.spill_size
             );
-        }
-        if !(1..=256).contains(&self.transfers) {
-            bail!("--transfers {}: give 1 to 256", self.transfers);
         }
         if self.umask > 0o777 {
             bail!("--umask {:o}: give at most 777", self.umask);
@@ -263,7 +281,7 @@ impl MountArguments {
                 CloseFlag::Stored => CloseMode::Stored,
                 CloseFlag::Journaled => CloseMode::Journaled,
             },
-            part_size: self.part_size,
+            part_size,
             transfers: self.transfers,
             close_timeout: self.close_timeout,
             // SAFETY: getuid and getgid have no preconditions and cannot fail.
@@ -361,4 +379,18 @@ fn default_log_file(mountpoint: &Path) -> anyhow::Result<PathBuf> {
     let name = &name[name.ceil_char_boundary(cut)..];
     let folder = user_folder("XDG_STATE_HOME", ".local/state")?;
     Ok(folder.join("mlfs").join(format!("{name}.log")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_as_large_as_memory_has_room_for_all_that_are_on_their_way() {
+        assert_eq!(default_part_size(4 << 30, 16), 16 * MIB);
+        assert_eq!(default_part_size(512 * MIB, 16), 16 * MIB);
+        assert_eq!(default_part_size(512 * MIB, 32), 9 * MIB);
+        assert_eq!(default_part_size(512 * MIB, 256), 5 * MIB);
+        assert_eq!(default_part_size(64 * MIB, 16), 5 * MIB);
+    }
 }
