@@ -8,6 +8,7 @@
 //! - [`publish`]: how a draft becomes an object, complete or not at all;
 //! - [`journal`], [`record`], [`recovery`]: what a crash must not make anybody forget;
 //! - [`patience`]: how long a close goes on trying;
+//! - [`rename`]: another name after parts were sent;
 //! - [`relief`]: what gives way when memory is spent.
 
 mod chunk;
@@ -21,6 +22,7 @@ mod publish;
 mod record;
 mod recovery;
 mod relief;
+mod rename;
 mod send;
 mod spill;
 mod target;

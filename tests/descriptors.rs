@@ -5,6 +5,7 @@ mod harness;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
@@ -166,6 +167,59 @@ fn what_a_child_wrote_is_published_when_the_child_ends() {
     drop(kept);
 }
 
+/// All of `file`, shared, to be read and written; nobody truncates it.
+fn map(file: &File, size: usize) -> &'static mut [u8] {
+    // SAFETY: the kernel chooses a place that nothing else has, for as long as it is mapped.
+    unsafe {
+        let address = libc::mmap(
+            std::ptr::null_mut(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(address, libc::MAP_FAILED);
+        std::slice::from_raw_parts_mut(address.cast::<u8>(), size)
+    }
+}
+
+fn unmap(map: &'static mut [u8]) {
+    // SAFETY: a mapping made by `map`, of which this was the only reference.
+    let unmapped = unsafe { libc::munmap(map.as_mut_ptr().cast(), map.len()) };
+    assert_eq!(unmapped, 0);
+}
+
+#[test]
+fn a_mapping_of_a_new_file_and_reads_and_writes_of_it_see_each_other() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let size = 1 << 20;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    let file = options.open(mount.at("f")).unwrap();
+    file.write_all_at(&vec![1; size], 0).unwrap();
+    let map = map(&file, size);
+    assert!(map.iter().all(|byte| *byte == 1));
+    // Over pages that are mapped, and were read.
+    file.write_all_at(&[2; 10_000], 100).unwrap();
+    assert_eq!(map[99..102], [1, 2, 2]);
+    map[5000] = 3;
+    let other = File::open(mount.at("f")).unwrap();
+    for reader in [&file, &other] {
+        let mut read = [0; 3];
+        reader.read_exact_at(&mut read, 4999).unwrap();
+        assert_eq!(read, [2, 3, 2]);
+    }
+    // Beside a store that is not written back yet.
+    map[9000] = 4;
+    file.write_all_at(&[5], 9001).unwrap();
+    assert_eq!(map[8999..9002], [2, 4, 5]);
+    unmap(map);
+    assert_eq!(close(file), 0);
+    assert_eq!(lab.stored("f").unwrap()[8999..9002], [2, 4, 5]);
+}
+
 #[test]
 fn a_shared_mapping_is_written_back_even_after_close() {
     let lab = Lab::new();
@@ -178,25 +232,12 @@ fn a_shared_mapping_is_written_back_even_after_close() {
         .open(mount.at("f"))
         .unwrap();
     file.set_len(size as u64).unwrap();
-    // SAFETY: maps the whole of a file that nobody truncates.
-    let map = unsafe {
-        let address = libc::mmap(
-            std::ptr::null_mut(),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        );
-        assert_ne!(address, libc::MAP_FAILED);
-        std::slice::from_raw_parts_mut(address.cast::<u8>(), size)
-    };
+    let map = map(&file, size);
     map[..5].copy_from_slice(b"start");
     assert_eq!(close(file), 0);
     assert_eq!(&lab.stored("f").unwrap()[..5], b"start");
     map[size - 3..].copy_from_slice(b"end");
-    // SAFETY: the mapping made above.
-    unsafe { libc::munmap(map.as_mut_ptr().cast(), size) };
+    unmap(map);
     wait_until("the last stores to be published", || {
         lab.stored("f").unwrap().ends_with(b"end")
     });

@@ -27,12 +27,15 @@ const LONGEST_NAME: u32 = 255;
 
 pub(super) struct Callbacks {
     answering: Answering,
+    /// The kernel maps files whose pages it does not keep.
+    maps_direct: bool,
 }
 
 impl Callbacks {
     pub fn new(vfs: Arc<Vfs>, runtime: Handle) -> Self {
         Self {
             answering: Answering { vfs, runtime },
+            maps_direct: false,
         }
     }
 }
@@ -56,6 +59,8 @@ impl Filesystem for Callbacks {
                 tracing::debug!(?flag, "the kernel does not offer this");
             }
         }
+        let maps_direct = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+        self.maps_direct = config.add_capabilities(maps_direct).is_ok();
         // Each answers with the nearest value the kernel allows, which is then in force.
         let _ = config.set_max_write(LARGEST_WRITE);
         let _ = config.set_max_background(BACKGROUND);
@@ -236,15 +241,20 @@ impl Filesystem for Callbacks {
     ) {
         let name = name.to_owned();
         let access = access(flags, request.pid());
+        // A file that is surely new is written before it is read: its writes need no pages.
+        let direct = access.exclusive && self.maps_direct;
         let call = |vfs: Arc<Vfs>| async move { vfs.create(parent.0, &name, access).await };
         let answer = move |outcome: Result<(EntryAttributes, Opened), Errno>| match outcome {
-            Ok((entry, opened)) => reply.created(
-                &entry.ttl,
-                &attributes(&entry.attributes),
-                Generation(0),
-                FileHandle(opened.handle),
-                open_flags(&opened),
-            ),
+            Ok((entry, mut opened)) => {
+                opened.direct |= direct;
+                reply.created(
+                    &entry.ttl,
+                    &attributes(&entry.attributes),
+                    Generation(0),
+                    FileHandle(opened.handle),
+                    open_flags(&opened),
+                );
+            }
             Err(errno) => reply.error(errno),
         };
         self.answering.call("create", parent.0, call, answer);

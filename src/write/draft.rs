@@ -48,8 +48,11 @@ pub(super) struct State {
     /// The generation that is in the store.
     pub published: Option<u64>,
     pub upload: Option<Upload>,
-    /// Every write went to the end, or to the first or last chunk.
+    /// Every write went to the end, or on from where the last had ended, or to the first or last
+    /// chunk.
     pub sequential: bool,
+    /// Where the last write ended.
+    pub cursor: u64,
     /// Send nothing before the name is known.
     pub held: bool,
     /// The file was unlinked: nothing of it will be published.
@@ -131,6 +134,7 @@ impl Draft {
             published,
             upload: None,
             sequential: true,
+            cursor: 0,
             detached: false,
             failure: None,
             only: None,
@@ -316,8 +320,13 @@ impl Draft {
         let filled = state.chunks.get(&index).is_some_and(|chunk| {
             chunk.local == (0..range.end - range.start) && at + length as u64 == range.end
         });
-        if filled && !state.held && !state.detached {
-            self.queue(&mut state, index);
+        if filled && !state.detached {
+            if !state.held {
+                self.queue(&mut state, index);
+            } else if state.whole_chunks() >= MOST_HELD {
+                state.held = false;
+                self.queue_full_chunks(&mut state);
+            }
         }
         Ok((length, None))
     }
@@ -496,6 +505,11 @@ enum Step {
 /// hold would wait for memory that only this draft's publication can free.
 const BASE_STEP: u64 = 1 << 20;
 
+/// So many whole chunks are held back for a better name. A larger file is sent meanwhile, and
+/// copied inside the store when it has its name: measured, what a second look at the bytes costs is
+/// made up for by sending while it is written.
+const MOST_HELD: usize = 8;
+
 /// Longest piece of a read or a hole handled in one step, bytes.
 const LONGEST_STEP: u64 = 4 << 20;
 
@@ -539,7 +553,9 @@ impl State {
         }
         self.note_change();
         self.generation += 1;
-        self.sequential &= at == self.size || index == 0 || new_end >= self.size;
+        let goes_on = at == self.size || at == self.cursor;
+        self.sequential &= goes_on || index == 0 || new_end >= self.size;
+        self.cursor = new_end;
         self.size = self.size.max(new_end);
         let version = self.generation;
         if let Some(chunk) = self.chunks.get_mut(&index) {
@@ -547,6 +563,15 @@ impl State {
             chunk.touched = writer.tick();
         }
         None
+    }
+
+    /// Chunks that were written from their first byte to their last.
+    pub(super) fn whole_chunks(&self) -> usize {
+        let whole = |(index, chunk): &(&u32, &Chunk)| {
+            let range = self.geometry.range(**index);
+            chunk.local == (0..range.end - range.start)
+        };
+        self.chunks.iter().filter(whole).count()
     }
 
     /// Whether the chunk that ends at `at` was written from its first byte to its last: who does

@@ -145,6 +145,16 @@ pub struct Completing {
     pub crc32c: Option<u32>,
 }
 
+/// An object under a name that the file has no longer, made of its parts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spent {
+    pub key: String,
+    /// Bytes.
+    pub size: u64,
+    /// The one it has or will have, where that is known.
+    pub etag: Option<String>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Record {
@@ -168,6 +178,8 @@ pub enum Record {
     Moved(Base),
     /// The file as its last manifest has it is about to appear under its name.
     Completing(Completing),
+    /// The upload is about to become an object, or has, that is only copied from.
+    Spent(Spent),
     /// Why the last attempt to send it failed.
     Failed {
         reason: String,
@@ -295,6 +307,8 @@ pub struct Replayed {
     pub rewritten: BTreeSet<u32>,
     /// What it was to become when it was last about to be stored, if it did not change since.
     pub completing: Option<Completing>,
+    /// What the parts of an upload may have become.
+    pub spent: Option<Spent>,
     pub failure: Option<String>,
     pub discarded: bool,
 }
@@ -317,6 +331,7 @@ impl Replayed {
             manifest: None,
             rewritten: BTreeSet::new(),
             completing: None,
+            spent: None,
             failure: None,
             discarded: false,
         };
@@ -354,6 +369,7 @@ impl Replayed {
                         *base = Base { limit, ..to };
                     }
                 }
+                Record::Spent(spent) => replayed.spent = Some(spent),
                 Record::Failed { reason } => replayed.failure = Some(reason),
                 Record::Discarded => replayed.discarded = true,
             }

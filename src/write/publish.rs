@@ -20,9 +20,7 @@ use super::send::Outgoing;
 use super::target::Target;
 use crate::budget::Class;
 use crate::read::Source;
-use crate::store::{
-    Condition, ETag, ObjectMeta, PartReceipt, Payload, StoreError, Stored, checksum,
-};
+use crate::store::{Condition, ETag, PartReceipt, Payload, StoreError, Stored, checksum};
 
 /// A publication is begun anew this often when the file is truncated under it.
 const ATTEMPTS: usize = 8;
@@ -35,7 +33,7 @@ struct Snapshot {
 }
 
 /// What was published: which version of which chunk.
-type Versions = BTreeMap<u32, u64>;
+pub(super) type Versions = BTreeMap<u32, u64>;
 /// A part that the store holds: its chunk, the version, the receipt.
 type SentPart = (u32, u64, PartReceipt);
 
@@ -214,13 +212,13 @@ impl Draft {
         let receipts: Vec<PartReceipt> = parts.into_iter().map(|(_, _, receipt)| receipt).collect();
         let begun = &upload.target;
         let renamed = begun.key != target.key;
-        if !renamed {
-            self.note_completing(size, checksum::composite(&receipts), None);
-        }
+        let etag = checksum::composite(&receipts);
         let condition = if renamed {
-            // Under the old name it is only on its way: whatever came there meanwhile stays.
+            self.note_spending(begun, size, etag);
+            // There it is only on its way: whatever came under that name meanwhile stays.
             Condition::IfAbsent
         } else {
+            self.note_completing(size, etag, None);
             condition
         };
         let stored = begun
@@ -231,16 +229,7 @@ impl Draft {
         if !renamed {
             return Ok(Some((stored, versions)));
         }
-        match move_object(begun, target, &stored).await {
-            Ok(stored) => Ok(Some((stored, versions))),
-            Err(error) => {
-                // The parts are spent: from here on the file lies over what they have become.
-                let mut state = self.state.lock();
-                self.rebase(&mut state, begun, size, stored.etag, &versions);
-                state.misplaced = Some(begun.clone());
-                Err(error)
-            }
-        }
+        self.bring_over(begun, target, &stored, versions).await
     }
 
     /// Writes down what the object will be, so that it is recognised if this process ends before
@@ -254,7 +243,7 @@ impl Draft {
 
     /// The content of the draft, at some moment, is an object now: `versions` of its chunks are
     /// let go, what was written since stays.
-    fn rebase(
+    pub(super) fn rebase(
         &self,
         state: &mut State,
         object: &Target,
@@ -282,7 +271,7 @@ impl Draft {
 
     /// Writes down that the file is closed and where its bytes are, so that the next mount stores
     /// it if this one is killed. Where that cannot be done it is stored all the same.
-    async fn record_close(self: &Arc<Self>) {
+    pub(super) async fn record_close(self: &Arc<Self>) {
         let written = {
             let state = self.state.lock();
             (state.recorded && state.recorded_closed) || state.is_another()
@@ -415,18 +404,6 @@ impl Draft {
         }
     }
 
-    /// Removes, in the background, what this file left under a name that it has no longer.
-    fn remove_misplaced(&self, misplaced: Option<Target>) {
-        let Some(Target { store, key, .. }) = misplaced else {
-            return;
-        };
-        self.writer.runtime.spawn(async move {
-            if let Err(error) = store.delete(std::slice::from_ref(&key)).await {
-                tracing::warn!(key, %error, "left behind under a name that the file has no longer");
-            }
-        });
-    }
-
     /// An object underneath that is gone is one that somebody else has changed.
     fn as_conflict(&self, error: WriteError) -> WriteError {
         let over = self.state.lock().base.is_some();
@@ -451,42 +428,6 @@ impl Draft {
                 chunk.sent = None;
             }
         }
-    }
-
-    /// The file will be published under another name. Waits for a publication that is under way.
-    pub async fn retarget(self: &Arc<Self>, target: Target) {
-        let _publishing = self.publishing.lock().await;
-        let _creating = self.creating.lock().await;
-        if self.bind(target) {
-            self.record_close().await;
-        }
-    }
-
-    /// Sets the name; true when the file was closed for the journal, and must be made so again.
-    fn bind(self: &Arc<Self>, target: Target) -> bool {
-        let mut state = self.state.lock();
-        let closed = state.recorded && state.recorded_closed;
-        let given_up = state
-            .chunks
-            .values()
-            .any(|chunk| matches!(chunk.data, Data::GivenUp));
-        let elsewhere = state
-            .upload
-            .as_ref()
-            .is_some_and(|upload| upload.target.key != target.key);
-        // Parts are bound to the name the upload was begun with. With all bytes still here they
-        // are sent again under the new one; else the upload is completed there and moved.
-        if elsewhere && !given_up {
-            self.abandon_upload(&mut state);
-        }
-        state.held = target.looks_temporary();
-        state.target = target;
-        let destination = state.destination();
-        state.note(&destination);
-        if !state.held && !state.detached {
-            self.queue_full_chunks(&mut state);
-        }
-        closed && !state.recorded
     }
 
     /// The file was unlinked: it can still be written and read, and is never published.
@@ -539,15 +480,16 @@ impl State {
 
     /// A modification counts only over the version it started from; a new file wins always.
     fn condition(&self) -> Condition {
-        let Some(base) = self.base.as_ref().filter(|_| self.base_limit > 0) else {
+        let base = self.base.as_ref().filter(|_| self.base_limit > 0);
+        // One that lies elsewhere was brought there only to be copied from.
+        let own = base
+            .map(|base| base.source())
+            .filter(|source| source.key == self.target.key);
+        let Some(source) = own else {
             return self.guard.clone().unwrap_or(Condition::Always);
         };
-        let source = base.source();
         match source.etag {
-            Some(etag)
-                if source.key == self.target.key
-                    && self.target.store.capabilities().conditional_put =>
-            {
+            Some(etag) if self.target.store.capabilities().conditional_put => {
                 Condition::IfMatch(etag)
             }
             _ => Condition::Always,
@@ -593,16 +535,4 @@ impl State {
             Action::Load
         }
     }
-}
-
-async fn move_object(from: &Target, to: &Target, stored: &Stored) -> Result<Stored, WriteError> {
-    let source = ObjectMeta {
-        key: from.key.clone(),
-        size: stored.size,
-        etag: stored.etag.clone(),
-        modified: stored.modified,
-    };
-    let moved = to.store.copy(&source, &to.key).await?;
-    from.store.delete(std::slice::from_ref(&from.key)).await?;
-    Ok(moved)
 }

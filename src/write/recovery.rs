@@ -20,7 +20,7 @@ use super::geometry::Geometry;
 use super::journal::{self, ChunkRecord, Journal, Manifest, Record, Replayed};
 use super::spill::{SpillDirectory, SpillFile};
 use super::target::Target;
-use crate::read::Source;
+use crate::read::{ObjectReader, Source};
 use crate::store::{ETag, ObjectMeta, PartReceipt, Store, StoreError, checksum};
 
 /// The store's clock may be behind ours by this much without an object passing for older.
@@ -205,10 +205,19 @@ impl Leftover {
         let manifest = self.replayed.manifest.clone();
         let manifest = manifest.ok_or(ResumeError::Unfinished)?;
         let held = self.held_parts(store).await?;
+        let spent = match (&self.replayed.upload, &self.replayed.spent) {
+            // It still is what was to be spent.
+            (Some((key, _)), Some(spent)) if held.is_some() && *key == spent.key => None,
+            _ => self.spent(store, &manifest).await?,
+        };
         let geometry = Geometry::of(manifest.part_size, manifest.joint);
         let mut chunks = BTreeMap::new();
         for record in &manifest.chunks {
-            let receipt = self.receipt(record, &held);
+            if spent.is_some() && self.part(record).is_some() {
+                // It is part of that object.
+                continue;
+            }
+            let receipt = held.as_ref().and_then(|held| self.receipt(record, held));
             let file = self.chunk_file(writer, &manifest, record).await?;
             let data = match (file, &receipt) {
                 (Some(file), _) => Data::Spilled(Arc::new(file)),
@@ -230,7 +239,27 @@ impl Leftover {
                 file.own();
             }
         }
-        let state = self.state(writer, store, manifest, chunks, reopened);
+        let mut state = self.state(writer, store, manifest, chunks, reopened);
+        if held.is_none() {
+            state.upload = None;
+        }
+        if let Some(spent) = spent {
+            let key = spent.key.clone();
+            let lies_over_it = |base: &Arc<ObjectReader>| base.source().key == key;
+            if !state.base.as_ref().is_some_and(lies_over_it) {
+                state.base_limit = spent.size.min(state.size);
+                state.base = Some(writer.reader.open(Source {
+                    store: Arc::clone(store),
+                    key: spent.key,
+                    etag: spent.etag,
+                    size: spent.size,
+                }));
+            }
+            state.misplaced = Some(Target {
+                key,
+                ..state.target.clone()
+            });
+        }
         Ok(Draft::with_state(
             writer,
             self.id.clone(),
@@ -280,6 +309,7 @@ impl Leftover {
             published: None,
             upload,
             sequential: true,
+            cursor: 0,
             held: false,
             detached: false,
             failure: self.replayed.failure.clone(),
@@ -295,19 +325,29 @@ impl Leftover {
         }
     }
 
-    /// The parts that the upload really holds, by number; of a part sent twice, the last.
+    /// The parts that the upload really holds, by number; of a part sent twice, the last. `None`
+    /// without an upload.
     async fn held_parts(
         &self,
         store: &Arc<dyn Store>,
-    ) -> Result<HashMap<u32, PartReceipt>, ResumeError> {
+    ) -> Result<Option<HashMap<u32, PartReceipt>>, ResumeError> {
         let Some((key, id)) = &self.replayed.upload else {
-            return Ok(HashMap::new());
+            return Ok(None);
         };
         match store.list_parts(key, id).await {
-            Ok(parts) => Ok(parts.into_iter().map(|part| (part.number, part)).collect()),
-            Err(StoreError::UploadGone { .. } | StoreError::NotFound { .. }) => Ok(HashMap::new()),
+            Ok(parts) => {
+                let parts = parts.into_iter().map(|part| (part.number, part));
+                Ok(Some(parts.collect()))
+            }
+            Err(StoreError::UploadGone { .. } | StoreError::NotFound { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// The chunk, as the manifest has it, as a part that was sent.
+    fn part(&self, record: &ChunkRecord) -> Option<&journal::Part> {
+        let mut parts = self.replayed.parts.iter();
+        parts.find(|part| part.index == record.index && part.version == record.version)
     }
 
     /// The receipt of a chunk as the manifest has it, if the store still holds that part.
@@ -316,11 +356,7 @@ impl Leftover {
         record: &ChunkRecord,
         held: &HashMap<u32, PartReceipt>,
     ) -> Option<PartReceipt> {
-        let part = self
-            .replayed
-            .parts
-            .iter()
-            .find(|part| part.index == record.index && part.version == record.version)?;
+        let part = self.part(record)?;
         let found = held.get(&(record.index + 1))?;
         let same = found.etag.as_str().trim_matches('"') == part.etag.trim_matches('"')
             && found.size == part.size;
@@ -397,12 +433,8 @@ impl Leftover {
             return Ok(false);
         }
         if let Some(completing) = &self.replayed.completing {
-            let told = meta
-                .etag
-                .as_ref()
-                .map(|etag| etag.as_str().trim_matches('"'));
-            let expected = completing.etag.as_deref();
-            if told.is_some() && told == expected.map(|etag| etag.trim_matches('"')) {
+            let told = meta.etag.as_ref().map(ETag::as_str);
+            if same_etag(told, completing.etag.as_deref()) {
                 return Ok(true);
             }
             if let Some(crc32c) = completing.crc32c {
@@ -410,6 +442,16 @@ impl Leftover {
                 return Ok(self.stored_checksum(store, meta, all).await? == crc32c);
             }
         }
+        self.has_content(store, meta, manifest).await
+    }
+
+    /// Whether an object has all the bytes of which the manifest knows the checksum, and no others.
+    async fn has_content(
+        &self,
+        store: &Arc<dyn Store>,
+        meta: &ObjectMeta,
+        manifest: &Manifest,
+    ) -> Result<bool, StoreError> {
         let geometry = Geometry::of(manifest.part_size, manifest.joint);
         let mut compared = 0;
         for record in &manifest.chunks {
@@ -440,13 +482,34 @@ impl Leftover {
             return Ok(crc);
         }
         let mut body = store
-            .get(self.key(), range, meta.etag.as_ref())
+            .get(&meta.key, range, meta.etag.as_ref())
             .await?
             .frames;
         while let Some(frame) = body.try_next().await? {
             crc = checksum::crc32c_update(crc, &frame);
         }
         Ok(crc)
+    }
+
+    /// The object that the parts of an upload have become under a former name, if they have.
+    async fn spent(
+        &self,
+        store: &Arc<dyn Store>,
+        manifest: &Manifest,
+    ) -> Result<Option<ObjectMeta>, StoreError> {
+        let Some(spent) = &self.replayed.spent else {
+            return Ok(None);
+        };
+        let meta = match store.head(&spent.key).await {
+            Ok(meta) => meta,
+            Err(StoreError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let told = meta.etag.as_ref().map(ETag::as_str);
+        let same = meta.size == spent.size
+            && (same_etag(told, spent.etag.as_deref())
+                || self.has_content(store, &meta, manifest).await?);
+        Ok(same.then_some(meta))
     }
 
     /// Whether what stands there was put there after this file's writer had closed it.
@@ -462,6 +525,25 @@ impl Leftover {
     /// Whether somebody has given it up, and not all of it is removed yet.
     pub fn is_discarded(&self) -> bool {
         self.replayed.discarded
+    }
+
+    /// Removes what the parts of an upload became under a former name.
+    async fn remove_spent(&self, store: &Arc<dyn Store>) -> Result<(), StoreError> {
+        let spent = self.replayed.spent.as_ref();
+        let Some(spent) = spent.filter(|it| it.key != self.key()) else {
+            return Ok(());
+        };
+        match store.head(&spent.key).await {
+            Ok(meta) => {
+                let told = meta.etag.as_ref().map(ETag::as_str);
+                if !same_etag(told, spent.etag.as_deref()) {
+                    return Ok(());
+                }
+                store.delete(std::slice::from_ref(&spent.key)).await
+            }
+            Err(StoreError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Gives it up: its bytes are deleted, and its upload, if the store knows it.
@@ -485,12 +567,21 @@ impl Leftover {
         {
             return Err((self, error));
         }
+        if let Err(error) = self.remove_spent(store).await {
+            return Err((self, error));
+        }
         for file in &self.files {
             self.directory.remove(&self.directory.path().join(file));
         }
         self.directory.remove(&self.journal);
         Ok(())
     }
+}
+
+/// Whether both are known, and the same with or without quotes.
+fn same_etag(one: Option<&str>, other: Option<&str>) -> bool {
+    let plain = |etag: &str| etag.trim_matches('"').to_owned();
+    one.is_some() && one.map(plain) == other.map(plain)
 }
 
 fn chunk(record: &ChunkRecord, checked: bool, data: Data, receipt: Option<PartReceipt>) -> Chunk {

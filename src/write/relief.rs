@@ -2,10 +2,10 @@
 //!
 //! In this order: blocks that readers cached (the budget sees to that itself); chunks of a
 //! sequential writer that the store holds already, oldest first, keeping the first and the last;
-//! then a wait for what is on its way; then chunks that nobody is sending go to disk. When the
-//! spill, or the disk under it, is full too: chunks on disk that the store holds; drafts that were
-//! held back for their name are sent after all; and at last the first and last chunks that the
-//! store holds. A writer waits meanwhile. Only when nothing is on its way and nothing can give way
+//! then a wait for what is on its way; then large drafts that were held back for their name are sent
+//! after all; then chunks that nobody is sending go to disk. When the spill, or the disk under it,
+//! is full too: chunks on disk that the store holds; small drafts that were held back; and at last
+//! the first and last chunks that the store holds. A writer waits meanwhile. Only when nothing is on its way and nothing can give way
 //! does a write fail.
 
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use super::Writer;
 use super::chunk::Data;
 use super::draft::Draft;
 use super::error::WriteError;
+use super::rename::WORTH_COPYING;
 use super::send::task_lost;
 
 /// How long to wait for bytes to come back before looking again at what could give way.
@@ -51,12 +52,15 @@ impl Writer {
                 return Ok(());
             }
             let on_its_way = self.in_flight.load(Ordering::Relaxed) > 0;
+            if !on_its_way && self.send_held(WORTH_COPYING) {
+                return Ok(());
+            }
             if !on_its_way {
                 // The disk may be full, or fail: what the store has, or can have, need not lie on it.
                 let spilled = self.spill_oldest().await;
                 if matches!(spilled, Ok(true))
                     || self.give_up_sent_chunk(Expendable::Disk)
-                    || self.send_held()
+                    || self.send_held(1)
                     || self.give_up_sent_chunk(Expendable::Ends)
                 {
                     return Ok(());
@@ -194,12 +198,12 @@ impl Writer {
         Ok(true)
     }
 
-    /// Sends what was held back for a better name.
-    fn send_held(&self) -> bool {
+    /// Sends what was held back for a better name, of files of at least so many whole chunks.
+    fn send_held(&self, least: usize) -> bool {
         let mut queued = 0;
         for draft in self.all_drafts() {
             let mut state = draft.state.lock();
-            if state.held && !state.detached {
+            if state.held && !state.detached && state.whole_chunks() >= least {
                 state.held = false;
                 queued += draft.queue_full_chunks(&mut state);
             }

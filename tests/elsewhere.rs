@@ -1,0 +1,157 @@
+//! Large files that are written under a temporary name and renamed while they are open.
+
+mod harness;
+
+use std::fs::{self, File};
+use std::io::Write;
+
+use harness::{Lab, Mount, close, kill, noise, wait_until};
+use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
+
+const PART: usize = 5 << 20;
+const TEMPORARY: &str = ".model.tmp";
+const LAST: &str = "model.safetensors";
+/// Memory for a few parts only: what is held back for its name must go somewhere.
+const LITTLE_MEMORY: &[&str] = &["--part-size", "5MiB", "--memory", "64MiB"];
+
+/// Written as safetensors' `save_file` does, and renamed; closing it is the caller's.
+fn write_and_rename(mount: &Mount<'_>, data: &[u8]) -> File {
+    let mut file = File::create(mount.at(TEMPORARY)).unwrap();
+    file.set_len(data.len() as u64).unwrap();
+    file.write_all(data).unwrap();
+    fs::rename(mount.at(TEMPORARY), mount.at(LAST)).unwrap();
+    file
+}
+
+fn sent(lab: &Lab) -> u64 {
+    lab.s3.stats().of(Kind::UploadPart).bytes_in
+}
+
+#[test]
+fn a_file_larger_than_memory_travels_once_and_is_copied_to_its_last_name() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(30 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    assert_eq!(lab.stored(LAST), None);
+    // What the store has had to make room, and nothing had to go to the disk.
+    assert_eq!(mount.status()["spill"]["peak"], 0);
+    assert_eq!(close(file), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(sent(&lab), data.len() as u64);
+    let copied = lab.s3.stats().of(Kind::CopyPart).requests;
+    assert_eq!(copied, 31);
+    wait_until("nothing to be left under the former name", || {
+        lab.names() == [LAST] && lab.s3.uploads() == 0
+    });
+    assert!(fs::read(mount.at(LAST)).unwrap() == data);
+}
+
+#[test]
+fn a_file_of_few_parts_is_sent_after_it_has_its_last_name() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
+    let data = noise(7 * PART + 1234);
+    let mut file = File::create(mount.at(TEMPORARY)).unwrap();
+    file.write_all(&data).unwrap();
+    assert_eq!(lab.s3.uploads(), 0);
+    fs::rename(mount.at(TEMPORARY), mount.at(LAST)).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(sent(&lab), data.len() as u64);
+    assert_eq!(lab.s3.stats().of(Kind::CopyPart).requests, 0);
+}
+
+#[test]
+fn a_mount_killed_while_it_copies_leaves_the_rest_to_the_next_and_nothing_travels_again() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(20 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    lab.s3.hold(Kind::CopyPart);
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to be copied", || {
+        lab.s3.stats().of(Kind::CopyPart).requests > 0
+    });
+    kill(&mount);
+    assert_ne!(closing.join().unwrap(), 0);
+    lab.s3.release(Kind::CopyPart);
+    let _next = lab.mount_with(LITTLE_MEMORY);
+    wait_until("it to be stored", || lab.stored(LAST).is_some());
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(sent(&lab), data.len() as u64);
+    wait_until("nothing to be left", || {
+        lab.names() == [LAST] && lab.s3.uploads() == 0 && lab.journals().is_empty()
+    });
+}
+
+/// Killed after the store made an object of the parts, and before the mount knew.
+fn killed_before_it_knew(options: ServerOptions) {
+    let lab = Lab::with(options);
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(20 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    let lost = Rule::every(Kind::CompleteMultipart, Fault::DoThenReset);
+    lab.s3.set_faults(1, vec![lost]);
+    // It asks what became of that.
+    lab.s3.hold(Kind::Head);
+    let asked = lab.s3.stats().of(Kind::Head).requests;
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to ask", || {
+        lab.s3.stats().of(Kind::Head).requests > asked
+    });
+    assert_eq!(lab.names(), [TEMPORARY]);
+    kill(&mount);
+    assert_ne!(closing.join().unwrap(), 0);
+    lab.s3.set_faults(1, Vec::new());
+    lab.s3.release(Kind::Head);
+    let _next = lab.mount_with(LITTLE_MEMORY);
+    wait_until("it to be stored", || lab.stored(LAST).is_some());
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(sent(&lab), data.len() as u64);
+    wait_until("nothing to be left", || {
+        lab.names() == [LAST] && lab.s3.uploads() == 0 && lab.journals().is_empty()
+    });
+}
+
+#[test]
+fn what_the_parts_have_become_is_recognised_by_its_etag() {
+    killed_before_it_knew(ServerOptions {
+        md5_etags: true,
+        ..ServerOptions::default()
+    });
+}
+
+#[test]
+fn what_the_parts_have_become_is_recognised_by_its_content() {
+    killed_before_it_knew(ServerOptions::default());
+}
+
+#[test]
+fn a_copy_that_is_refused_fails_the_close_and_can_be_retried_or_discarded() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(20 * PART + 1234);
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    for retries in [true, false] {
+        lab.s3
+            .set_faults(1, vec![Rule::every(Kind::CopyPart, refused.clone())]);
+        let before = sent(&lab);
+        assert_eq!(close(write_and_rename(&mount, &data)), libc::EACCES);
+        assert!(fs::read(mount.at(LAST)).unwrap() == data);
+        lab.s3.set_faults(1, Vec::new());
+        let id = mount.upload("failed");
+        if retries {
+            fs::write(mount.path.join(".mlfs/retry"), &id).unwrap();
+            wait_until("it to be stored", || lab.stored(LAST).is_some());
+            assert!(lab.stored(LAST).unwrap() == data);
+            assert_eq!(sent(&lab) - before, data.len() as u64);
+            fs::remove_file(mount.at(LAST)).unwrap();
+        } else {
+            fs::write(mount.path.join(".mlfs/discard"), &id).unwrap();
+        }
+        wait_until("nothing to be left", || {
+            lab.names().is_empty() && lab.s3.uploads() == 0 && lab.journals().is_empty()
+        });
+    }
+}
