@@ -54,10 +54,8 @@ impl FileHandle {
     }
 
     pub fn may_publish(&self, thread: u32) -> bool {
-        self.publishers
-            .lock()
-            .groups
-            .contains(&thread_group(thread))
+        let publishers = self.publishers.lock();
+        publishers.last_thread == thread || publishers.groups.contains(&thread_group(thread))
     }
 }
 

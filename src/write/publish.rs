@@ -112,16 +112,22 @@ impl Draft {
         self: &Arc<Self>,
         snapshot: Snapshot,
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
-        let (target, condition, single) = {
+        let (target, condition, single, over) = {
             let state = self.state.lock();
             // An upload of no parts cannot be completed, begun or not.
             let fits = state.upload.is_none() && snapshot.size <= state.geometry.range(0).end;
             let single = fits || snapshot.size == 0;
-            (state.target.clone(), state.condition(), single)
+            let over = state.base.is_some() && state.base_limit > 0;
+            (state.target.clone(), state.condition(), single, over)
         };
-        if single {
+        if single && over {
+            // What it will be is written down before it can be.
             self.record_close().await;
             self.put(&target, snapshot.size, condition).await
+        } else if single {
+            // Side by side: of one request the store has all or nothing.
+            let put = self.put(&target, snapshot.size, condition);
+            tokio::join!(put, self.record_close()).0
         } else {
             self.complete(&target, snapshot.size, condition).await
         }

@@ -13,6 +13,8 @@ use super::send::task_lost;
 use super::spill::SpillFile;
 use crate::store::checksum;
 
+/// So many bytes are written to disk without a thread of their own: that costs less than waking one.
+const WRITTEN_AT_ONCE: u64 = 256 * 1024;
 /// A manifest is begun anew this often when the file changes under it.
 const ATTEMPTS: usize = 4;
 
@@ -176,9 +178,13 @@ impl Draft {
         };
         let file = Arc::clone(&copy.file);
         let local = copy.local.clone();
-        let crc32c = self
-            .blocking(move || write_copy(&file, bytes.as_deref(), local, on_disk))
-            .await?;
+        let small = local.end - local.start <= WRITTEN_AT_ONCE;
+        let write = move || write_copy(&file, bytes.as_deref(), local, on_disk);
+        let crc32c = if small {
+            write()?
+        } else {
+            self.blocking(write).await?
+        };
         let mut state = self.state.lock();
         if let Some(chunk) = state.chunks.get_mut(&index) {
             if chunk.version == copy.version && chunk.local == copy.local {
