@@ -4,9 +4,9 @@
 //! been opened over, and a key it is to be published under. It knows nothing of the kernel or of
 //! MLflow, and runs against any store.
 //!
-//! - [`draft`]: what a draft is, and reading and writing it;
+//! - [`draft`], [`state`]: what a draft is, and reading and writing it;
 //! - [`publish`]: how a draft becomes an object, complete or not at all;
-//! - [`journal`], [`record`], [`recovery`]: what a crash must not make anybody forget;
+//! - [`journal`], [`record`], [`recovery`], [`recognise`]: what a crash must not make anybody forget;
 //! - [`patience`]: how long a close goes on trying;
 //! - [`rename`]: another name after parts were sent;
 //! - [`relief`]: what gives way when memory is spent.
@@ -19,12 +19,14 @@ mod journal;
 mod patience;
 mod pool;
 mod publish;
+mod recognise;
 mod record;
 mod recovery;
 mod relief;
 mod rename;
 mod send;
 mod spill;
+mod state;
 mod target;
 
 use std::sync::atomic::{AtomicU64, Ordering};

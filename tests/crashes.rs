@@ -73,10 +73,22 @@ fn check_repeated(lab: &Lab, name: &str, confirmed: Option<usize>, latest: usize
     );
 }
 
+/// A random number after `seed`.
+fn next(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed
+}
+
+fn rounds() -> usize {
+    let rounds = std::env::var("MLFS_CRASH_ROUNDS");
+    rounds.map_or(ROUNDS, |text| text.parse().expect("a number of rounds"))
+}
+
 #[test]
 fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half() {
-    let rounds = std::env::var("MLFS_CRASH_ROUNDS");
-    let rounds = rounds.map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
+    let rounds = rounds();
     let lab = Lab::new();
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     // Name → round and size.
@@ -100,11 +112,8 @@ fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half()
             std::thread::spawn(move || write(path, &first)),
             std::thread::spawn(move || replace(folder, "replaced", &second)),
         ];
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
         // Chance, not patience: nothing is decided by how long this takes.
-        std::thread::sleep(Duration::from_millis(seed % LONGEST_LIFE));
+        std::thread::sleep(Duration::from_millis(next(&mut seed) % LONGEST_LIFE));
         kill(&mount);
         for (thread, (name, last)) in repeated.into_iter().zip(&mut confirmed) {
             if thread.join().expect("the writer") {
@@ -167,5 +176,88 @@ fn a_mount_killed_at_any_moment_loses_nothing_confirmed_and_shows_nothing_half()
     }
     fs::write(mount.path.join(".mlfs/discard"), "all").unwrap();
     // An upload whose beginning was answered as the mount died is nobody's; it holds no part.
+    assert_eq!(lab.s3.parts(), 0);
+}
+
+/// The files of a model, in the order in which they are written.
+const MODEL: [(&str, usize); 4] = [
+    ("weights", (7 << 20) + 5),
+    ("tokens", 700_000),
+    ("config", 4_000),
+    ("MLmodel", 100),
+];
+
+fn model_file(round: usize, name: &str) -> String {
+    format!("model-{round}/{name}")
+}
+
+/// Writes a model, file by file, until one is not confirmed; how many were.
+fn write_model(folder: PathBuf, round: usize) -> usize {
+    if fs::create_dir(folder.join(format!("model-{round}"))).is_err() {
+        return 0;
+    }
+    let confirmed = MODEL.iter().take_while(|(name, size)| {
+        let path = folder.join(model_file(round, name));
+        write(path, &content(round, *size))
+    });
+    confirmed.count()
+}
+
+/// How many files of a model the store shows; each is whole, and the manifest is there only with all
+/// others.
+fn check_model(lab: &Lab, round: usize) -> usize {
+    // The manifest is looked at first: what comes to be meanwhile does no harm.
+    let loadable = lab.stored(&model_file(round, "MLmodel")).is_some();
+    let shown = MODEL.iter().filter(|(name, size)| {
+        let stored = lab.stored(&model_file(round, name));
+        if let Some(stored) = &stored {
+            assert!(*stored == content(round, *size), "{round}: {name} is whole");
+        }
+        stored.is_some()
+    });
+    let shown = shown.count();
+    assert!(
+        !loadable || shown == MODEL.len(),
+        "{round}: loadable, and not whole"
+    );
+    shown
+}
+
+#[test]
+fn journaled_closes_of_a_mount_killed_at_any_moment_are_stored_in_order_by_the_next_ones() {
+    const JOURNALED: &[&str] = &["--close", "journaled"];
+    let lab = Lab::new();
+    let flags = [FLAGS, JOURNALED].concat();
+    let mut seed = 0x1234_5678_9abc_def1_u64;
+    // How many files of each round's model were confirmed.
+    let mut confirmed = Vec::new();
+    for round in 0..rounds() {
+        let mount = lab.mount_with(&flags);
+        let folder = mount.at("");
+        let writer = std::thread::spawn(move || write_model(folder, round));
+        std::thread::sleep(Duration::from_millis(next(&mut seed) % LONGEST_LIFE));
+        kill(&mount);
+        confirmed.push(writer.join().expect("the writer"));
+        for round in round.saturating_sub(2)..=round {
+            check_model(&lab, round);
+        }
+    }
+    let mount = lab.mount_with(&flags);
+    wait_until("what was closed to be stored", || {
+        let status = mount.status();
+        let uploads = status["uploads"].as_array().unwrap();
+        uploads.iter().all(|upload| upload["state"] == "left")
+    });
+    let mut whole = 0;
+    for (round, confirmed) in confirmed.iter().enumerate() {
+        let shown = check_model(&lab, round);
+        assert!(
+            shown >= *confirmed,
+            "{round}: {shown} of {confirmed} are stored"
+        );
+        whole += usize::from(shown == MODEL.len());
+    }
+    println!("{} rounds: {whole} models are whole", confirmed.len());
+    fs::write(mount.path.join(".mlfs/discard"), "all").unwrap();
     assert_eq!(lab.s3.parts(), 0);
 }

@@ -41,10 +41,34 @@ fn a_file_larger_than_memory_travels_once_and_is_copied_to_its_last_name() {
     assert_eq!(sent(&lab), data.len() as u64);
     let copied = lab.s3.stats().of(Kind::CopyPart).requests;
     assert_eq!(copied, 31);
-    wait_until("nothing to be left under the former name", || {
-        lab.names() == [LAST] && lab.s3.uploads() == 0
-    });
+    assert_eq!(lab.names(), [LAST]);
+    assert_eq!(lab.s3.uploads(), 0);
     assert!(fs::read(mount.at(LAST)).unwrap() == data);
+}
+
+#[test]
+fn what_came_under_the_former_name_meanwhile_is_not_removed() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(30 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    lab.s3.hold(Kind::CopyPart);
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to copy", || {
+        lab.s3.stats().of(Kind::CopyPart).requests > 0
+    });
+    // It looks at what is there before it removes it.
+    lab.s3.hold(Kind::Head);
+    let looked = lab.s3.stats().of(Kind::Head).requests;
+    lab.s3.release(Kind::CopyPart);
+    wait_until("it to look", || {
+        lab.s3.stats().of(Kind::Head).requests > looked
+    });
+    lab.put(TEMPORARY, b"another's".to_vec());
+    lab.s3.release(Kind::Head);
+    assert_eq!(closing.join().unwrap(), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(lab.stored(TEMPORARY).unwrap(), b"another's");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use harness::journaled::{JOURNALED, mount, published, refuse, states, uploads, wait_until_stored};
 use harness::{Lab, close, errno, kill, noise, wait_until};
-use mlfs_lab::s3::Kind;
+use mlfs_lab::s3::{Kind, Logged};
 
 const PART: usize = 5 << 20;
 
@@ -167,4 +167,42 @@ fn a_manifest_waits_for_what_a_killed_mount_left_unfinished_until_it_is_discarde
     fs::write(next.path.join(".mlfs/discard"), id).unwrap();
     wait_until_stored(&next);
     assert_eq!(lab.names(), ["MLmodel", "other"]);
+}
+
+#[test]
+fn a_directory_that_is_renamed_is_loadable_under_one_of_its_names_only_when_it_is_whole_there() {
+    let lab = Lab::new();
+    let files = [
+        "MLmodel",
+        "conda.yaml",
+        "model/a.index.json",
+        "model/a.safetensors",
+        "parts/one/MLmodel",
+        "parts/one/data",
+    ];
+    for file in files {
+        lab.put(&format!("from/{file}"), file.as_bytes());
+    }
+    let mount = lab.mount();
+    fs::rename(mount.at("from"), mount.at("to")).unwrap();
+    assert_eq!(lab.names(), files.map(|file| format!("to/{file}")));
+    let log = lab.s3.log();
+    let at = |kind: Kind, path: &str| {
+        let asked = |it: &Logged| it.kind == kind && it.key.ends_with(path);
+        log.iter().position(asked).expect(path)
+    };
+    let copied = |path| at(Kind::Copy, &format!("to/{path}"));
+    let ordinary = ["conda.yaml", "model/a.safetensors", "parts/one/data"];
+    let last = ordinary.map(copied).into_iter().max().unwrap();
+    assert!(last < copied("parts/one/MLmodel"));
+    assert!(copied("parts/one/MLmodel") < copied("model/a.index.json"));
+    assert!(copied("model/a.index.json") < copied("MLmodel"));
+    let deleted = |path| at(Kind::Delete, &format!("from/{path}"));
+    let others = log
+        .iter()
+        .position(|it| it.kind == Kind::Delete && it.key.is_empty());
+    assert!(copied("MLmodel") < deleted("MLmodel"));
+    assert!(deleted("MLmodel") < deleted("model/a.index.json"));
+    assert!(deleted("model/a.index.json") < deleted("parts/one/MLmodel"));
+    assert!(deleted("parts/one/MLmodel") < others.unwrap());
 }

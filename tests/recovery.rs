@@ -4,11 +4,12 @@ mod harness;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 
 use harness::{BUCKET, Lab, Mount, PREFIX, close, kill, noise, wait_until};
-use mlfs_lab::s3::{Fault, Kind, Rule};
+use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
 
 const PART: usize = 5 << 20;
 const SMALL_PARTS: &[&str] = &["--part-size", "5MiB", "--memory", "128MiB"];
@@ -376,6 +377,112 @@ fn what_was_synchronised_is_there_whatever_was_written_since() {
     let id = uploads(&next)[0]["id"].as_str().unwrap().to_owned();
     mlfs_uploads(&lab, &["retry", &id], &next);
     assert_eq!(lab.stored("f").unwrap(), b"synchronised");
+}
+
+#[test]
+fn what_was_synchronised_while_others_wrote_is_there() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(2 * PART);
+    let file = File::create(mount.at("f")).unwrap();
+    file.write_all_at(&data, 0).unwrap();
+    // One of the others overwrites the same block, one appends, until the mount is gone.
+    let block = PART + 4096..PART + 8192;
+    std::thread::scope(|scope| {
+        let open = |append| {
+            let mut options = File::options();
+            options
+                .write(true)
+                .append(append)
+                .open(mount.at("f"))
+                .unwrap()
+        };
+        let (over, beyond) = (open(false), open(true));
+        let at = block.start as u64;
+        let overwrites = scope.spawn(move || {
+            (0..=u8::MAX)
+                .cycle()
+                .find(|byte| over.write_all_at(&[*byte; 4096], at).is_err())
+        });
+        let appends = scope.spawn(move || {
+            let mut beyond = beyond;
+            // So slowly that memory does not end.
+            while beyond.write_all(&[7; 4096]).is_ok() {
+                std::thread::yield_now();
+            }
+        });
+        for round in 0..3 {
+            file.write_all_at(&[round; 10], 100).unwrap();
+            file.sync_all().unwrap();
+        }
+        kill(&mount);
+        overwrites.join().unwrap();
+        appends.join().unwrap();
+    });
+    drop(file);
+    let next = lab.mount_with(SMALL_PARTS);
+    let id = next.upload("left");
+    mlfs_uploads(&lab, &["retry", &id], &next);
+    let stored = lab.stored("f").unwrap();
+    let mut expected = data;
+    expected[100..110].fill(2);
+    expected[block.clone()].fill(stored[block.start]);
+    assert!(stored[..2 * PART] == expected);
+    assert!(stored[2 * PART..].iter().all(|byte| *byte == 7));
+}
+
+/// A change of a stored object, which the mount does not live to know the outcome of.
+fn killed_before_it_knew_of_a_change(kind: Kind, size: usize, at: usize, change: &[u8]) {
+    let lab = Lab::with(ServerOptions {
+        md5_etags: true,
+        ..ServerOptions::default()
+    });
+    let mut expected = noise(size);
+    lab.put("f", expected.clone());
+    let mount = lab.mount_with(SMALL_PARTS);
+    let file = File::options().write(true).open(mount.at("f")).unwrap();
+    file.write_all_at(change, at as u64).unwrap();
+    expected.resize(size.max(at + change.len()), 0);
+    expected[at..at + change.len()].copy_from_slice(change);
+    lab.s3
+        .set_faults(1, vec![Rule::once(kind, Fault::DoThenReset)]);
+    // It asks what became of that.
+    lab.s3.hold(Kind::Head);
+    let asked = lab.s3.stats().of(Kind::Head).requests;
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to ask", || {
+        lab.s3.stats().of(Kind::Head).requests > asked
+    });
+    assert!(lab.stored("f").unwrap() == expected);
+    kill(&mount);
+    assert_ne!(closing.join().unwrap(), 0);
+    lab.s3.set_faults(1, Vec::new());
+    lab.s3.release(Kind::Head);
+    let sends = [
+        Kind::Put,
+        Kind::UploadPart,
+        Kind::CopyPart,
+        Kind::CompleteMultipart,
+    ];
+    let sent = || sends.map(|kind| lab.s3.stats().of(kind).requests);
+    let before = sent();
+    let next = lab.mount_with(SMALL_PARTS);
+    wait_until("it to be forgotten", || {
+        uploads(&next).is_empty() && lab.journals().is_empty()
+    });
+    assert_eq!(sent(), before);
+    assert!(lab.stored("f").unwrap() == expected);
+}
+
+#[test]
+fn a_change_of_a_large_object_that_the_store_had_already_is_recognised() {
+    let size = 3 * PART + 100;
+    killed_before_it_knew_of_a_change(Kind::CompleteMultipart, size, size, b"appended");
+}
+
+#[test]
+fn a_change_of_a_small_object_that_the_store_had_already_is_recognised() {
+    killed_before_it_knew_of_a_change(Kind::Put, 10_000, 100, b"changed");
 }
 
 #[test]

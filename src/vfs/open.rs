@@ -380,31 +380,37 @@ impl Vfs {
         if !handle.writable {
             return Ok(());
         }
-        let changed = handle
-            .file
-            .state()
-            .draft
-            .as_ref()
-            .is_some_and(|draft| draft.has_changes());
-        if !changed || !handle.may_publish(thread) {
+        let draft = handle.file.state().draft.clone();
+        let Some(draft) = draft.filter(|draft| draft.has_changes()) else {
+            return Ok(());
+        };
+        if !handle.may_publish(thread) {
             return Ok(());
         }
-        self.close(handle.inode, &handle.file).await
+        let generation = draft.generation();
+        let outcome = self.close(handle.inode, &handle.file).await;
+        if outcome.is_err() {
+            draft.note_failed_close(generation);
+        }
+        outcome
     }
 
-    /// The last descriptor of a handle is gone. What no flush has published is published now.
+    /// The last descriptor of a handle is gone. What no flush has published is published now,
+    /// unless a flush has told that it could not be.
     pub fn release(self: &Arc<Self>, handle: u64) {
         let Some(handle) = self.handles.remove(handle) else {
             return;
         };
         let (inode, file) = (handle.inode, Arc::clone(&handle.file));
-        let last_writer = {
+        let (last_writer, known) = {
             let mut state = file.state();
             state.handles -= 1;
             state.writers -= usize::from(handle.writable);
-            handle.writable && state.writers == 0
+            let draft = state.draft.as_ref();
+            let known = draft.is_some_and(|draft| draft.is_known_to_have_failed());
+            (handle.writable && state.writers == 0, known)
         };
-        if last_writer && file.is_dirty() {
+        if last_writer && file.is_dirty() && !known {
             self.close_in_background(inode, file);
         } else {
             self.settle(inode, &file);

@@ -2,8 +2,11 @@
 //!
 //! What is not published yet just gets another name to be published under. What is published is
 //! copied inside the store and deleted under its old name: the copy first, so that at every
-//! moment one of the two names has the whole file.
+//! moment one of the two names has the whole file. Of a directory, what makes it loadable is copied
+//! last and deleted first.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -18,6 +21,7 @@ use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::lookup::Place;
 use super::names;
+use super::queue::Rank;
 use super::remove::keep_directory;
 use super::tree::{Inode, Kind};
 use crate::read::Source;
@@ -241,7 +245,7 @@ impl Vfs {
         let objects = all_objects(store, &below).await?;
         let copied = copy_all(store, &objects, &below, &onto).await?;
         let old: Vec<String> = objects.into_iter().map(|object| object.key).collect();
-        store.delete(&old).await?;
+        delete_all(store, old).await?;
         for (file_inode, file) in &files {
             self.retarget_below(*file_inode, file, &below, &to.target(), &copied)
                 .await?;
@@ -330,6 +334,24 @@ async fn all_objects(store: &Arc<dyn Store>, prefix: &str) -> VfsResult<Vec<Obje
     }
 }
 
+/// Files in the order in which they may become visible, in stages of which each is complete before
+/// the next begins: ordinary ones, then what makes directories loadable, from the innermost out.
+fn stages<T>(files: impl IntoIterator<Item = T>, key: impl Fn(&T) -> &str) -> Vec<Vec<T>> {
+    let mut stages: BTreeMap<(bool, Reverse<usize>, Rank), Vec<T>> = BTreeMap::new();
+    for file in files {
+        let key = key(&file);
+        let rank = Rank::of(key);
+        let depth = if rank.is_manifest() {
+            key.matches('/').count()
+        } else {
+            0
+        };
+        let stage = (rank.is_manifest(), Reverse(depth), rank);
+        stages.entry(stage).or_default().push(file);
+    }
+    stages.into_values().collect()
+}
+
 /// Copies every object; when one cannot be copied, the copies made so far are removed again.
 async fn copy_all(
     store: &Arc<dyn Store>,
@@ -337,28 +359,42 @@ async fn copy_all(
     below: &str,
     onto: &str,
 ) -> VfsResult<Vec<(String, FileInfo)>> {
-    let pairs: Vec<(ObjectMeta, String)> = objects
-        .iter()
-        .filter_map(|source| {
-            let relative = source.key.strip_prefix(below)?;
-            Some((source.clone(), format!("{onto}{relative}")))
-        })
-        .collect();
-    let copies = stream::iter(pairs.clone()).map(|(source, key)| {
-        let store = Arc::clone(store);
-        async move {
-            let info = copy(&store, &source, &key).await?;
-            Ok::<_, VfsError>((key, info))
-        }
+    let pairs = objects.iter().filter_map(|source| {
+        let relative = source.key.strip_prefix(below)?;
+        Some((source.clone(), format!("{onto}{relative}")))
     });
-    let copied: VfsResult<Vec<_>> = copies.buffer_unordered(COPIES).try_collect().await;
-    if copied.is_err() {
-        let keys: Vec<String> = pairs.into_iter().map(|(_, key)| key).collect();
-        if let Err(error) = store.delete(&keys).await {
-            tracing::warn!(%error, "a directory was not renamed, and copies of its files remain");
+    let mut copied = Vec::with_capacity(objects.len());
+    let mut begun: Vec<String> = Vec::with_capacity(objects.len());
+    for stage in stages(pairs, |(source, _)| &source.key) {
+        begun.extend(stage.iter().map(|(_, key)| key.clone()));
+        let copies = stream::iter(stage).map(|(source, key)| {
+            let store = Arc::clone(store);
+            async move {
+                let info = copy(&store, &source, &key).await?;
+                Ok::<_, VfsError>((key, info))
+            }
+        });
+        let outcome: VfsResult<Vec<_>> = copies.buffer_unordered(COPIES).try_collect().await;
+        match outcome {
+            Ok(stage) => copied.extend(stage),
+            Err(error) => {
+                if let Err(error) = delete_all(store, begun).await {
+                    tracing::warn!(%error,
+                        "a directory was not renamed, and copies of its files remain");
+                }
+                return Err(error);
+            }
         }
     }
-    copied
+    Ok(copied)
+}
+
+/// Deletes in the opposite order: what is not whole any more is not loadable.
+async fn delete_all(store: &Arc<dyn Store>, keys: Vec<String>) -> VfsResult<()> {
+    for stage in stages(keys, |key| key).into_iter().rev() {
+        store.delete(&stage).await?;
+    }
+    Ok(())
 }
 
 /// What was listed below a directory that moved is asked for again.

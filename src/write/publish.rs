@@ -13,10 +13,11 @@ use std::sync::atomic::Ordering;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::chunk::Data;
-use super::draft::{Draft, State};
+use super::draft::Draft;
 use super::error::WriteError;
 use super::journal::{Completing, Record};
 use super::send::Outgoing;
+use super::state::State;
 use super::target::Target;
 use crate::budget::Class;
 use crate::read::Source;
@@ -70,6 +71,9 @@ impl Draft {
             };
             match self.publish_snapshot(snapshot).await {
                 Ok(Some((stored, versions))) => {
+                    // While the journal knows of it.
+                    let target = self.target();
+                    self.remove_misplaced(&target).await;
                     self.settle(snapshot, &stored, &versions);
                     return Ok(Some(stored));
                 }
@@ -401,8 +405,6 @@ impl Draft {
         state.published = Some(snapshot.generation);
         state.failure = None;
         state.guard = None;
-        let misplaced = state.misplaced.take();
-        self.remove_misplaced(misplaced.filter(|it| it.key != target.key));
         // What was written since, and made durable already, stays so.
         if recorded && state.generation != snapshot.generation {
             drop(state);
@@ -447,16 +449,22 @@ impl Draft {
         self.abandon_upload(&mut state);
         let misplaced = state.misplaced.take();
         drop(state);
-        self.remove_misplaced(misplaced);
+        if let Some(misplaced) = misplaced {
+            self.writer.runtime.spawn(misplaced.remove());
+        }
     }
 
     /// Puts the file on disk, for the next mount to go on with; `closed` says that nobody writes to
-    /// it any more.
+    /// it any more. What was written down as closed stays so while it is the same.
     ///
     /// # Errors
     /// As [`Self::synchronise`].
     pub async fn keep(self: &Arc<Self>, closed: bool) -> Result<(), WriteError> {
-        if self.record(closed, true).await? {
+        let closed_before = {
+            let state = self.state.lock();
+            state.recorded && state.recorded_closed
+        };
+        if self.record(closed || closed_before, true).await? {
             return Ok(());
         }
         let object = self.target().object();

@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::chunk::{Chunk, Data, DiskCopy};
-use super::draft::{Draft, State};
+use super::draft::Draft;
 use super::error::WriteError;
 use super::journal::{
     Base, Begin, ChunkRecord, Destination, Journal, Manifest, Record, now_precisely,
 };
 use super::send::task_lost;
 use super::spill::SpillFile;
+use super::state::State;
 use crate::store::checksum;
 
 /// So many bytes are written to disk without a thread of their own: that costs less than waking one.

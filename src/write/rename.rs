@@ -8,12 +8,13 @@
 use std::sync::Arc;
 
 use super::chunk::Data;
-use super::draft::{Draft, State};
+use super::draft::Draft;
 use super::error::WriteError;
 use super::journal::{Record, Spent};
 use super::publish::Versions;
+use super::state::{Misplaced, State};
 use super::target::Target;
-use crate::store::{ObjectMeta, Stored};
+use crate::store::{ObjectMeta, StoreError, Stored};
 
 /// From so many parts on they are copied inside the store rather than sent again.
 pub(super) const WORTH_COPYING: usize = 4;
@@ -84,7 +85,10 @@ impl Draft {
                 stored.etag.clone(),
                 &versions,
             );
-            state.misplaced = Some(from.clone());
+            state.misplaced = Some(Misplaced {
+                target: from.clone(),
+                etag: stored.etag.clone(),
+            });
             state.recorded && state.recorded_closed
         };
         // The former manifest speaks of parts that are spent.
@@ -92,16 +96,29 @@ impl Draft {
         Ok(None)
     }
 
-    /// Removes, in the background, what this file left under a name that it has no longer.
-    pub(super) fn remove_misplaced(&self, misplaced: Option<Target>) {
-        let Some(Target { store, key, .. }) = misplaced else {
-            return;
-        };
-        self.writer.runtime.spawn(async move {
-            if let Err(error) = store.delete(std::slice::from_ref(&key)).await {
-                tracing::warn!(key, %error, "left behind under a name that the file has no longer");
+    /// The file is stored: removes what it left under a name that it has no longer.
+    pub(super) async fn remove_misplaced(&self, own: &Target) {
+        let misplaced = self.state.lock().misplaced.take();
+        if let Some(misplaced) = misplaced.filter(|it| it.target.key != own.key) {
+            misplaced.remove().await;
+        }
+    }
+}
+
+impl Misplaced {
+    /// Removes it, unless another object stands there by now.
+    pub(super) async fn remove(self) {
+        let Target { store, key, .. } = &self.target;
+        let outcome = match store.head(key).await {
+            Ok(meta) if self.etag.is_none() || meta.etag == self.etag => {
+                store.delete(std::slice::from_ref(key)).await
             }
-        });
+            Ok(_) | Err(StoreError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            tracing::warn!(key, %error, "left behind under a name that the file has no longer");
+        }
     }
 }
 

@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use super::chunk::{Data, Sent};
-use super::draft::{Draft, State, Upload};
+use super::draft::Draft;
 use super::error::WriteError;
 use super::journal::{Part, Record};
 use super::spill::SpillFile;
+use super::state::{State, Upload};
 use super::target::Target;
 use crate::budget::{Class, Reservation};
 use crate::store::{PartReceipt, Payload, StoreError, checksum};
