@@ -60,6 +60,22 @@ fn an_unlinked_file_can_be_used_to_the_end_and_leaves_nothing_in_the_store() {
 }
 
 #[test]
+fn an_unlinked_file_can_be_read_by_others_when_its_writer_has_closed_it() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(SMALL_PARTS);
+    let data = noise(PART / 2);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&data).unwrap();
+    let mut reader = File::open(mount.at("f")).unwrap();
+    fs::remove_file(mount.at("f")).unwrap();
+    assert_eq!(close(file), 0);
+    let mut read = Vec::new();
+    reader.read_to_end(&mut read).unwrap();
+    assert!(read == data);
+    assert_eq!(lab.names(), Vec::<String>::new());
+}
+
+#[test]
 fn a_close_that_failed_and_was_discarded_leaves_the_store_as_it_was() {
     let lab = Lab::new();
     lab.put("old", b"old".as_slice());
@@ -68,7 +84,7 @@ fn a_close_that_failed_and_was_discarded_leaves_the_store_as_it_was() {
         let file = half_sent(&lab, &mount, name);
         refuse(&lab, Kind::CompleteMultipart);
         assert_eq!(close(file), libc::EACCES);
-        // The kernel lets go of the file a little later, and that tries once more.
+        // The kernel lets go of the file a little later.
         let id = mount.upload("failed");
         lab.s3.set_faults(1, Vec::new());
         assert_eq!(lab.names(), ["old"]);

@@ -511,7 +511,13 @@ impl Vfs {
         {
             let mut state = file.state();
             let clean = state.draft.as_ref().is_some_and(|draft| !draft.is_dirty());
-            if clean && state.writers == 0 && state.publishing == 0 {
+            // Nothing but the draft has what an unlinked file holds: its readers need it, too.
+            let users = if state.unlinked {
+                state.handles
+            } else {
+                state.writers
+            };
+            if clean && users == 0 && state.publishing == 0 {
                 state.draft = None;
                 state.closed = None;
             }

@@ -161,6 +161,11 @@ impl Vfs {
         if let Some(draft) = draft {
             draft.detach().await;
         }
+        let mut state = file.state();
+        if state.handles == 0 {
+            // What was kept of it, because it could not be stored, is not needed any more.
+            state.draft = None;
+        }
     }
 }
 

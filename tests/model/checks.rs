@@ -114,9 +114,12 @@ impl Driver<'_> {
         require(left.is_empty(), || format!("still pending: {left:?}"))?;
         self.check_contents().await?;
         let deadline = Instant::now() + PATIENCE;
-        while self.lab.s3.uploads() > 0 {
+        // Of this sequence: one that failed before, with its mount, may have left some.
+        let below = prefix(&self.run);
+        while self.lab.s3.uploads_below(&below) > 0 {
             require(Instant::now() < deadline, || {
-                format!("{} uploads left behind", self.lab.s3.uploads())
+                let left = self.lab.s3.uploads_below(&below);
+                format!("{left} uploads left behind")
             })?;
             sleep(Duration::from_millis(1)).await;
         }

@@ -289,7 +289,8 @@ impl Driver<'_> {
         match pending.iter().find(|file| file.path == shown) {
             None => self.model.publish(id),
             Some(file) => {
-                require(self.troubled, || format!("not stored: {file:?}"))?;
+                let told = self.troubled || node.refused;
+                require(told, || format!("not stored: {file:?}"))?;
                 self.model.publish_perhaps(id);
             }
         }

@@ -14,6 +14,8 @@ pub struct Node {
     pub dirty: bool,
     /// Something was written, beyond creating it or emptying it by its opening.
     pub changed: bool,
+    /// Somebody was told that it could not be stored: it waits for another close, or for a word.
+    pub refused: bool,
     pub writers: usize,
     /// Somebody else replaced it in the store: it can be read as far as it was fetched.
     pub foreign: bool,
@@ -115,6 +117,7 @@ impl Reference {
         let node = &mut self.nodes[id];
         node.dirty = false;
         node.changed = false;
+        node.refused = false;
         if let Some(path) = node.path.clone() {
             node.published = true;
             self.perhaps.remove(&path);
@@ -124,7 +127,8 @@ impl Reference {
 
     /// Perhaps it is in the store, perhaps not.
     pub fn publish_perhaps(&mut self, id: Id) {
-        let node = &self.nodes[id];
+        let node = &mut self.nodes[id];
+        node.refused = true;
         if let Some(path) = node.path.clone() {
             let versions = self.perhaps.entry(path).or_default();
             versions.push(node.content.clone());

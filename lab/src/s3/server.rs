@@ -232,7 +232,14 @@ impl S3Server {
 
     /// Unfinished uploads.
     pub fn uploads(&self) -> usize {
-        self.shared.objects.uploads.lock().len()
+        self.uploads_below("")
+    }
+
+    /// Unfinished multipart uploads of keys that start with `prefix`.
+    pub fn uploads_below(&self, prefix: &str) -> usize {
+        let uploads = self.shared.objects.uploads.lock();
+        let below = uploads.values().filter(|it| it.key.starts_with(prefix));
+        below.count()
     }
 }
 
