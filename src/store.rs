@@ -156,6 +156,15 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     async fn head(&self, key: &str) -> StoreResult<ObjectMeta>;
 
+    /// As [`Self::head`], but that nothing is there is an answer.
+    async fn find(&self, key: &str) -> StoreResult<Option<ObjectMeta>> {
+        match self.head(key).await {
+            Ok(meta) => Ok(Some(meta)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Bytes `range` of the object; with `version`, only if it still is that version
     /// ([`StoreError::Changed`] otherwise). `range` must not be empty.
     async fn get(

@@ -72,6 +72,40 @@ fn what_came_under_the_former_name_meanwhile_is_not_removed() {
 }
 
 #[test]
+fn a_file_whose_former_name_was_taken_meanwhile_is_sent_again_under_its_last_one() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
+    let data = noise(5 * PART);
+    let mut file = File::create(mount.at("former")).unwrap();
+    file.write_all(&data).unwrap();
+    wait_until("all parts to be sent", || sent(&lab) == data.len() as u64);
+    fs::rename(mount.at("former"), mount.at(LAST)).unwrap();
+    fs::write(mount.at("former"), b"another's").unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(lab.stored("former").unwrap(), b"another's");
+    wait_until("the first upload to be given up", || lab.s3.uploads() == 0);
+}
+
+#[test]
+fn a_file_larger_than_memory_whose_former_name_was_taken_can_be_retried_when_it_is_free() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(30 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    fs::write(mount.at(TEMPORARY), b"another's").unwrap();
+    assert_eq!(close(file), libc::ESTALE);
+    assert_eq!(lab.names(), [TEMPORARY]);
+    assert_eq!(lab.stored(TEMPORARY).unwrap(), b"another's");
+    mount.upload("failed");
+    fs::remove_file(mount.at(TEMPORARY)).unwrap();
+    mount.uploads(&["retry"]);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(lab.names(), [LAST]);
+    assert_eq!(sent(&lab), data.len() as u64);
+}
+
+#[test]
 fn a_file_of_few_parts_is_sent_after_it_has_its_last_name() {
     let lab = Lab::new();
     let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);

@@ -229,24 +229,14 @@ fn a_failure_shows_at_the_next_fsync_in_wait_and_in_uploads_and_holds_up_manifes
             .status
             .success()
     );
-    let mut list = lab.program();
-    let list = list
-        .args(["uploads", "list", "--mount"])
-        .arg(&mount.path)
-        .output();
-    let list = String::from_utf8(list.unwrap().stdout).unwrap();
+    let list = mount.uploads(&["list"]);
     assert!(
         list.contains("failed") && list.contains("AccessDenied"),
         "{list}"
     );
     assert_eq!(fs::read(mount.at("m/weights")).unwrap(), b"precious");
     lab.s3.set_faults(1, Vec::new());
-    let mut retry = lab.program();
-    let retry = retry
-        .args(["uploads", "retry", "--mount"])
-        .arg(&mount.path)
-        .output();
-    assert!(retry.unwrap().status.success());
+    mount.uploads(&["retry"]);
     assert_eq!(lab.stored("m/weights").unwrap(), b"precious");
     wait_until_stored(&mount);
     assert_eq!(synchronise(&mount.at("m")), 0);

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::thread::JoinHandle;
 
-use harness::{Lab, Mount, close, kill, text, wait_until};
+use harness::{Lab, Mount, close, kill, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 /// Attempts of one request.
@@ -60,13 +60,13 @@ fn a_close_that_gets_nothing_through_within_its_time_is_eio_and_the_bytes_are_ke
     assert_eq!(fs::read(mount.at("f")).unwrap(), b"precious");
     // Once the kernel has let go of it, too.
     wait_until("it to be listed as failed", || {
-        let list = uploads(&mount, "list");
+        let list = mount.uploads(&["list"]);
         ["failed", "8 B", "/f", "503"]
             .iter()
             .all(|word| list.contains(word))
     });
     accept(&lab);
-    uploads(&mount, "retry");
+    mount.uploads(&["retry"]);
     assert_eq!(lab.stored("f").unwrap(), b"precious");
 }
 
@@ -100,7 +100,7 @@ fn what_trying_again_cannot_mend_is_not_waited_for() {
     }
     // Nor is it tried again behind anybody's back.
     wait_until("both to be listed as failed", || {
-        uploads(&mount, "list").matches("failed").count() == 2
+        mount.uploads(&["list"]).matches("failed").count() == 2
     });
     assert_eq!(attempts(&lab), 2);
     assert!(!lab.log_text().contains(WAITS));
@@ -163,12 +163,4 @@ fn what_was_renamed_after_its_close_failed_is_stored_by_the_next_mount_without_a
     wait_until("the file to be stored", || lab.stored("g").is_some());
     assert_eq!(lab.stored("g").unwrap(), b"precious");
     assert_eq!(lab.names(), ["g"]);
-}
-
-fn uploads(mount: &Mount<'_>, command: &str) -> String {
-    let mut program = mount.lab.program();
-    program.args(["uploads", command, "--mount"]);
-    let output = program.arg(&mount.path).output().unwrap();
-    assert!(output.status.success(), "{}", text(&output));
-    String::from_utf8(output.stdout).unwrap()
 }

@@ -135,26 +135,21 @@ fn a_file_that_was_open_when_its_mount_ended_is_stored_as_it_was_when_somebody_s
     let next = lab.mount();
     assert_eq!(uploads(&next).len(), 1);
     assert_eq!(lab.stored("f"), None);
-    let list = mlfs_uploads(&lab, &["list"], &next);
+    let list = next.uploads(&["list"]);
     let id = uploads(&next)[0]["id"].as_str().unwrap().to_owned();
     assert!(
         list.contains(&id) && list.contains("/f") && list.contains("12 B"),
         "{list}"
     );
-    mlfs_uploads(&lab, &["retry", &id], &next);
+    next.uploads(&["retry", &id]);
     assert_eq!(lab.stored("f").unwrap(), b"synchronised");
-    assert!(mlfs_uploads(&lab, &["list"], &next).contains("everything written is stored"));
+    assert!(
+        next.uploads(&["list"])
+            .contains("everything written is stored")
+    );
 }
 
 /// `mlfs uploads` for one of the mounts.
-fn mlfs_uploads(lab: &Lab, arguments: &[&str], mount: &Mount<'_>) -> String {
-    let mut command = lab.program();
-    command.arg("uploads").args(arguments);
-    let output = command.arg("--mount").arg(&mount.path).output().unwrap();
-    assert!(output.status.success(), "{}", harness::text(&output));
-    String::from_utf8(output.stdout).unwrap()
-}
-
 #[test]
 fn what_could_not_be_stored_when_a_mount_ended_is_stored_by_the_next() {
     let lab = Lab::new();
@@ -375,7 +370,7 @@ fn what_was_synchronised_is_there_whatever_was_written_since() {
     drop(file);
     let next = lab.mount();
     let id = uploads(&next)[0]["id"].as_str().unwrap().to_owned();
-    mlfs_uploads(&lab, &["retry", &id], &next);
+    next.uploads(&["retry", &id]);
     assert_eq!(lab.stored("f").unwrap(), b"synchronised");
 }
 
@@ -422,7 +417,7 @@ fn what_was_synchronised_while_others_wrote_is_there() {
     drop(file);
     let next = lab.mount_with(SMALL_PARTS);
     let id = next.upload("left");
-    mlfs_uploads(&lab, &["retry", &id], &next);
+    next.uploads(&["retry", &id]);
     let stored = lab.stored("f").unwrap();
     let mut expected = data;
     expected[100..110].fill(2);

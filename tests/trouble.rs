@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use harness::{Lab, Mount, close, noise, text, wait_until};
+use harness::{Lab, Mount, close, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 fn number(mount: &Mount<'_>, name: &str) -> Option<u64> {
@@ -79,6 +79,23 @@ fn a_modification_that_was_stored_though_the_answer_was_lost_is_no_conflict() {
 }
 
 #[test]
+fn parts_that_the_store_holds_otherwise_than_it_confirmed_are_sent_again() {
+    const PART: usize = 5 << 20;
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
+    let data = noise(2 * PART + 5);
+    let mut file = File::create(mount.at("f")).unwrap();
+    file.write_all(&data).unwrap();
+    let differ = Fault::Status(400, "InvalidPart".to_owned());
+    lab.s3
+        .set_faults(1, vec![Rule::once(Kind::CompleteMultipart, differ)]);
+    assert_eq!(close(file), 0);
+    assert!(lab.stored("f").unwrap() == data);
+    assert_eq!(lab.s3.stats().of(Kind::UploadPart).requests, 6);
+    assert_eq!(lab.s3.uploads(), 0);
+}
+
+#[test]
 fn expired_credentials_are_eacces_and_retry_stores_the_bytes_once_they_are_accepted() {
     const PART: usize = 5 << 20;
     let lab = Lab::new();
@@ -98,20 +115,16 @@ fn expired_credentials_are_eacces_and_retry_stores_the_bytes_once_they_are_accep
         assert!(fs::read(mount.at(name)).unwrap() == data, "{name}");
     }
     lab.expect_log("ExpiredToken");
-    let list = uploads(&mount, "list");
+    let list = mount.uploads(&["list"]);
     assert!(list.contains("small") && list.contains("large"), "{list}");
     lab.s3.set_faults(1, Vec::new());
-    uploads(&mount, "retry");
+    mount.uploads(&["retry"]);
     assert_eq!(lab.stored("small").unwrap(), b"small");
     assert!(lab.stored("large").unwrap() == large);
     assert_eq!(lab.s3.uploads(), 0);
-    assert!(uploads(&mount, "list").contains("everything written is stored"));
-}
-
-fn uploads(mount: &Mount<'_>, command: &str) -> String {
-    let mut program = mount.lab.program();
-    program.args(["uploads", command, "--mount"]);
-    let output = program.arg(&mount.path).output().unwrap();
-    assert!(output.status.success(), "{}", text(&output));
-    String::from_utf8(output.stdout).unwrap()
+    assert!(
+        mount
+            .uploads(&["list"])
+            .contains("everything written is stored")
+    );
 }

@@ -23,6 +23,9 @@ pub enum StoreError {
     /// The multipart upload is unknown to the store.
     #[error("{object}: the multipart upload is gone: {detail}")]
     UploadGone { object: String, detail: String },
+    /// A part that the store holds is not the one that was confirmed.
+    #[error("{object}: the store holds other parts than it confirmed: {detail}")]
+    PartsDiffer { object: String, detail: String },
     #[error("{object}: too large for the store: {detail}")]
     TooLarge { object: String, detail: String },
     #[error("{object}: the store does not accept this name: {detail}")]
@@ -50,6 +53,7 @@ impl StoreError {
             Self::InvalidName { .. } => libc::EINVAL,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
             Self::UploadGone { .. }
+            | Self::PartsDiffer { .. }
             | Self::Corrupt { .. }
             | Self::Unavailable { .. }
             | Self::Other { .. } => libc::EIO,

@@ -15,7 +15,6 @@ use super::former::Former;
 use super::queue::Standing;
 use super::tree::{Inode, Order};
 use super::upload_status::UploadStatus;
-use crate::store::StoreError;
 use crate::write::{Draft, Leftover, ResumeError};
 
 /// Why something is not sent without a word.
@@ -159,7 +158,7 @@ impl Vfs {
                 Err((leftover, error)) => Err((leftover, format!("discarded, but {error}").into())),
             };
         }
-        let standing = match leftover.standing(&store).await {
+        let standing = match store.find(leftover.key()).await {
             Ok(standing) => standing,
             Err(error) => return Err((leftover, error.to_string().into())),
         };
@@ -204,9 +203,8 @@ impl Vfs {
             }
         } else if let Some(draft) = self.uploads.take_word(id) {
             let target = draft.target();
-            match target.store.head(&target.key).await {
-                Ok(meta) => draft.replace_only(meta.etag),
-                Err(StoreError::NotFound { .. }) => draft.replace_only(None),
+            match target.store.find(&target.key).await {
+                Ok(standing) => draft.replace_only(standing.and_then(|meta| meta.etag)),
                 // Then the former condition holds.
                 Err(error) => tracing::debug!(id, %error, "not looked at"),
             }

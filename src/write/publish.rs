@@ -81,11 +81,10 @@ impl Draft {
                 Err(error) => {
                     let error = self.as_conflict(error);
                     self.note_failure(&error);
-                    let lost = matches!(&error, WriteError::Store(StoreError::UploadGone { .. }));
-                    if !lost || last.is_some() {
+                    // Once.
+                    if last.is_some() || !self.sends_again(&error) {
                         return Err(error);
                     }
-                    // Once: the parts are sent again under a new upload.
                     last = Some(error);
                 }
             }
@@ -284,7 +283,7 @@ impl Draft {
     pub(super) async fn record_close(self: &Arc<Self>) {
         let written = {
             let state = self.state.lock();
-            (state.recorded && state.recorded_closed) || state.is_another()
+            state.is_recorded_closed() || state.is_another()
         };
         if written {
             return;
@@ -430,12 +429,33 @@ impl Draft {
             reason: reason.clone(),
         });
         state.failure = Some(reason);
-        if matches!(error, WriteError::Store(StoreError::UploadGone { .. })) {
-            state.upload = None;
-            for chunk in state.chunks.values_mut() {
-                chunk.sent = None;
+    }
+
+    /// Whether sending parts again can mend what went wrong; then they no longer count as sent.
+    fn sends_again(&self, error: &WriteError) -> bool {
+        let WriteError::Store(error) = error else {
+            return false;
+        };
+        let mut state = self.state.lock();
+        let renamed = state.upload.as_ref().is_some_and(|upload| {
+            // Whoever took the former name keeps it.
+            upload.target.key != state.target.key
+        });
+        match error {
+            StoreError::UploadGone { .. } => {
+                state.upload = None;
+                state.unsend(|_| true);
             }
+            // A request that was given up reached the store after the one that took its place.
+            StoreError::PartsDiffer { .. } => {
+                state.unsend(|chunk| !matches!(chunk.data, Data::GivenUp));
+            }
+            StoreError::Conflict { .. } if renamed && !state.has_given_up() => {
+                self.abandon_upload(&mut state);
+            }
+            _ => return false,
         }
+        true
     }
 
     /// The file was unlinked: it can still be written and read, and is never published.
@@ -460,11 +480,12 @@ impl Draft {
     /// # Errors
     /// As [`Self::synchronise`].
     pub async fn keep(self: &Arc<Self>, closed: bool) -> Result<(), WriteError> {
-        let closed_before = {
-            let state = self.state.lock();
-            state.recorded && state.recorded_closed
-        };
-        if self.record(closed || closed_before, true).await? {
+        let closed = closed || self.state.lock().is_recorded_closed();
+        self.record_durably(closed).await
+    }
+
+    async fn record_durably(self: &Arc<Self>, closed: bool) -> Result<(), WriteError> {
+        if self.record(closed, true).await? {
             return Ok(());
         }
         let object = self.target().object();
@@ -479,7 +500,7 @@ impl Draft {
         if !self.is_dirty() || self.synchronise_recorded().await? {
             return Ok(());
         }
-        self.keep(false).await
+        self.record_durably(false).await
     }
 }
 

@@ -15,18 +15,6 @@ use crate::store::{ETag, ObjectMeta, Store, StoreError, checksum};
 const CLOCK_SLACK: Duration = Duration::from_secs(2);
 
 impl Leftover {
-    /// What stands under its name now.
-    ///
-    /// # Errors
-    /// The store's, other than that nothing is there.
-    pub async fn standing(&self, store: &Arc<dyn Store>) -> Result<Option<ObjectMeta>, StoreError> {
-        match store.head(self.key()).await {
-            Ok(meta) => Ok(Some(meta)),
-            Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Whether what stands there is this very file: its mount ended between the store's doing and
     /// its own noting. Told by reading the object, for there may be another of that size.
     ///
@@ -111,10 +99,8 @@ impl Leftover {
         let Some(spent) = &self.replayed.spent else {
             return Ok(None);
         };
-        let meta = match store.head(&spent.key).await {
-            Ok(meta) => meta,
-            Err(StoreError::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(error),
+        let Some(meta) = store.find(&spent.key).await? else {
+            return Ok(None);
         };
         let told = meta.etag.as_ref().map(ETag::as_str);
         let same = meta.size == spent.size
@@ -139,18 +125,22 @@ impl Leftover {
         let Some(spent) = spent.filter(|it| it.key != self.key()) else {
             return Ok(());
         };
-        match store.head(&spent.key).await {
-            Ok(meta) => {
-                let told = meta.etag.as_ref().map(ETag::as_str);
-                if !same_etag(told, spent.etag.as_deref()) {
-                    return Ok(());
-                }
-                store.delete(std::slice::from_ref(&spent.key)).await
-            }
-            Err(StoreError::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
+        remove_if_same(store, &spent.key, spent.etag.as_deref()).await
     }
+}
+
+/// Removes the object under `key`, unless it is not known to be the one that has `etag`.
+pub(super) async fn remove_if_same(
+    store: &Arc<dyn Store>,
+    key: &str,
+    etag: Option<&str>,
+) -> Result<(), StoreError> {
+    let standing = store.find(key).await?;
+    let told = standing.and_then(|meta| meta.etag);
+    if !same_etag(told.as_ref().map(ETag::as_str), etag) {
+        return Ok(());
+    }
+    store.delete(&[key.to_owned()]).await
 }
 
 /// Whether both are known, and the same with or without quotes.

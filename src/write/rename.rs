@@ -7,14 +7,14 @@
 
 use std::sync::Arc;
 
-use super::chunk::Data;
 use super::draft::Draft;
 use super::error::WriteError;
 use super::journal::{Record, Spent};
 use super::publish::Versions;
+use super::recognise::remove_if_same;
 use super::state::{Misplaced, State};
 use super::target::Target;
-use crate::store::{ObjectMeta, StoreError, Stored};
+use crate::store::{ETag, ObjectMeta, Stored};
 
 /// From so many parts on they are copied inside the store rather than sent again.
 pub(super) const WORTH_COPYING: usize = 4;
@@ -32,7 +32,7 @@ impl Draft {
     /// Sets the name; true when the file was closed for the journal, and must be made so again.
     fn bind(self: &Arc<Self>, target: Target) -> bool {
         let mut state = self.state.lock();
-        let closed = state.recorded && state.recorded_closed;
+        let closed = state.is_recorded_closed();
         let elsewhere = state
             .upload
             .as_ref()
@@ -89,7 +89,7 @@ impl Draft {
                 target: from.clone(),
                 etag: stored.etag.clone(),
             });
-            state.recorded && state.recorded_closed
+            state.is_recorded_closed()
         };
         // The former manifest speaks of parts that are spent.
         let _ = self.append_manifest(closed);
@@ -109,14 +109,8 @@ impl Misplaced {
     /// Removes it, unless another object stands there by now.
     pub(super) async fn remove(self) {
         let Target { store, key, .. } = &self.target;
-        let outcome = match store.head(key).await {
-            Ok(meta) if self.etag.is_none() || meta.etag == self.etag => {
-                store.delete(std::slice::from_ref(key)).await
-            }
-            Ok(_) | Err(StoreError::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = outcome {
+        let etag = self.etag.as_ref().map(ETag::as_str);
+        if let Err(error) = remove_if_same(store, key, etag).await {
             tracing::warn!(key, %error, "left behind under a name that the file has no longer");
         }
     }
@@ -125,16 +119,14 @@ impl Misplaced {
 impl State {
     /// Whether what was sent under the former name is to be copied inside the store.
     fn is_worth_bringing_over(&self) -> bool {
-        let given_up = |data: &Data| matches!(data, Data::GivenUp);
-        let mut sent = 0;
-        for (index, chunk) in &self.chunks {
-            if given_up(&chunk.data) {
-                return true;
-            }
-            let part = self.part(*index);
-            sent += usize::from(chunk.is_sent(part.end - part.start));
+        if self.has_given_up() {
+            return true;
         }
-        sent >= WORTH_COPYING && self.target.store.capabilities().copy_part
+        let sent = self.chunks.iter().filter(|(index, chunk)| {
+            let part = self.part(**index);
+            chunk.is_sent(part.end - part.start)
+        });
+        sent.count() >= WORTH_COPYING && self.target.store.capabilities().copy_part
     }
 }
 

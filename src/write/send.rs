@@ -238,9 +238,7 @@ impl Draft {
 
     /// Gives the upload up, if there is one, in the background. What it held is no longer sent.
     pub(super) fn abandon_upload(&self, state: &mut State) {
-        for chunk in state.chunks.values_mut() {
-            chunk.sent = None;
-        }
+        state.unsend(|_| true);
         let Some(Upload { target, id }) = state.upload.take() else {
             return;
         };

@@ -81,8 +81,8 @@ pub(super) struct State {
 }
 
 /// An object of a file under a name that the file has no longer.
-#[derive(Clone, Debug)]
-pub struct Misplaced {
+#[derive(Debug)]
+pub(super) struct Misplaced {
     pub target: Target,
     pub etag: Option<ETag>,
 }
@@ -229,6 +229,24 @@ impl State {
         let chunk = self.chunks.get(&self.geometry.index(size))?;
         let cut = range.start < size && size < range.start + chunk.local.end;
         (cut && matches!(chunk.data, Data::GivenUp)).then_some(range)
+    }
+
+    /// Whether the journal has the file as it is, and closed.
+    pub(super) fn is_recorded_closed(&self) -> bool {
+        self.recorded && self.recorded_closed
+    }
+
+    /// Whether a part is in the unfinished upload only.
+    pub(super) fn has_given_up(&self) -> bool {
+        let mut chunks = self.chunks.values();
+        chunks.any(|chunk| matches!(chunk.data, Data::GivenUp))
+    }
+
+    /// Parts of these chunks are no longer sent.
+    pub(super) fn unsend(&mut self, which: impl Fn(&Chunk) -> bool) {
+        for chunk in self.chunks.values_mut().filter(|chunk| which(chunk)) {
+            chunk.sent = None;
+        }
     }
 
     /// Bytes of the part that chunk `index` travels as.

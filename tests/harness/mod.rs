@@ -194,6 +194,16 @@ impl Mount<'_> {
         id.expect("it was waited for")
     }
 
+    /// Runs `mlfs uploads` about this mount, which must succeed, and returns what it printed.
+    pub fn uploads(&self, arguments: &[&str]) -> String {
+        let mut command = self.lab.program();
+        command.arg("uploads").args(arguments);
+        let output = command.arg("--mount").arg(&self.path).output();
+        let output = output.expect("a process");
+        assert!(output.status.success(), "{}", text(&output));
+        String::from_utf8(output.stdout).expect("text")
+    }
+
     pub fn pid(&self) -> i32 {
         self.status()["pid"].as_i64().expect("a pid") as i32
     }

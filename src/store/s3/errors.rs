@@ -19,6 +19,7 @@ where
     let detail = describe(status, &code, service.err());
     match (status, code.as_str()) {
         (_, "NoSuchUpload") => StoreError::UploadGone { object, detail },
+        (_, "InvalidPart") => StoreError::PartsDiffer { object, detail },
         (404, _) | (_, "NoSuchKey" | "NoSuchBucket") => StoreError::NotFound { object },
         (412, _) => StoreError::Changed { object },
         (409, _) => StoreError::Conflict { object },
