@@ -8,7 +8,7 @@
 //! - [`publish`]: how a draft becomes an object, complete or not at all;
 //! - [`journal`], [`record`], [`recovery`], [`recognise`]: what a crash must not make anybody forget;
 //! - [`patience`]: how long a close goes on trying;
-//! - [`rename`]: another name after parts were sent;
+//! - [`rename`], [`names`]: another name after parts were sent, and who has which;
 //! - [`relief`]: what gives way when memory is spent.
 
 mod chunk;
@@ -16,6 +16,7 @@ mod draft;
 mod error;
 mod geometry;
 mod journal;
+mod names;
 mod patience;
 mod pool;
 mod publish;
@@ -40,6 +41,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::budget::Budget;
 use crate::read::Reader;
 use chunk::Room;
+use names::Names;
 use pool::Pool;
 
 pub use draft::{Draft, Progress};
@@ -74,6 +76,8 @@ pub struct Writer {
     runtime: Handle,
     options: WriteOptions,
     drafts: Mutex<Vec<Weak<Draft>>>,
+    /// Names that are being published.
+    names: Arc<Names>,
     /// Held by whoever makes room, so that one does it for all.
     relief: tokio::sync::Mutex<()>,
     /// Transfers queued or on their way.
@@ -106,6 +110,7 @@ impl Writer {
             runtime,
             options,
             drafts: Mutex::new(Vec::new()),
+            names: Arc::default(),
             relief: tokio::sync::Mutex::new(()),
             in_flight: AtomicU64::new(0),
             ending: watch::Sender::new(false),

@@ -106,6 +106,79 @@ fn a_file_larger_than_memory_whose_former_name_was_taken_can_be_retried_when_it_
 }
 
 #[test]
+fn a_file_whose_former_name_is_taken_while_it_is_copied_is_sent_again() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
+    let data = noise(5 * PART);
+    let mut file = File::create(mount.at("former")).unwrap();
+    file.write_all(&data).unwrap();
+    wait_until("all parts to be sent", || sent(&lab) == data.len() as u64);
+    fs::rename(mount.at("former"), mount.at(LAST)).unwrap();
+    lab.s3.hold(Kind::CopyPart);
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to copy", || {
+        lab.s3.stats().of(Kind::CopyPart).requests > 0
+    });
+    assert!(fs::read(mount.at(LAST)).unwrap() == data);
+    lab.put("former", b"another's".to_vec());
+    lab.s3.release(Kind::CopyPart);
+    assert_eq!(closing.join().unwrap(), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(lab.stored("former").unwrap(), b"another's");
+    assert_eq!(lab.s3.uploads(), 0);
+    assert_eq!(lab.journals().len(), 0);
+}
+
+#[test]
+fn who_takes_the_former_name_through_the_mount_waits_until_it_is_copied() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(30 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    lab.s3.hold(Kind::CopyPart);
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to copy", || {
+        lab.s3.stats().of(Kind::CopyPart).requests > 0
+    });
+    let mut other = File::create(mount.at(TEMPORARY)).unwrap();
+    other.write_all(b"another's").unwrap();
+    let released = lab.s3.stats().of(Kind::Put).requests;
+    let other = std::thread::spawn(move || close(other));
+    wait_until("the other to be closed", || {
+        lab.journals_of_closed_files() == 2 || lab.s3.stats().of(Kind::Put).requests > released
+    });
+    lab.s3.release(Kind::CopyPart);
+    assert_eq!(closing.join().unwrap(), 0);
+    assert_eq!(other.join().unwrap(), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(lab.stored(TEMPORARY).unwrap(), b"another's");
+    assert_eq!(sent(&lab), data.len() as u64);
+}
+
+#[test]
+fn a_name_that_holds_the_only_copy_of_another_file_is_not_taken() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(LITTLE_MEMORY);
+    let data = noise(30 * PART + 1234);
+    let file = write_and_rename(&mount, &data);
+    let refused = Fault::Status(403, "AccessDenied".to_owned());
+    lab.s3
+        .set_faults(1, vec![Rule::every(Kind::CopyPart, refused)]);
+    assert_eq!(close(file), libc::EACCES);
+    lab.s3.set_faults(1, Vec::new());
+    let first = mount.upload("failed");
+    let mut other = File::create(mount.at(TEMPORARY)).unwrap();
+    other.write_all(b"another's").unwrap();
+    assert_eq!(close(other), libc::EBUSY);
+    lab.expect_log("the only copy");
+    mount.uploads(&["retry", &first]);
+    mount.uploads(&["retry"]);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(lab.stored(TEMPORARY).unwrap(), b"another's");
+    assert_eq!(sent(&lab), data.len() as u64);
+}
+
+#[test]
 fn a_file_of_few_parts_is_sent_after_it_has_its_last_name() {
     let lab = Lab::new();
     let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);

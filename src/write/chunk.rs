@@ -57,6 +57,8 @@ pub(super) struct Chunk {
     /// Rises with each change; unique within the draft.
     pub version: u64,
     pub sent: Option<Sent>,
+    /// The version that the object underneath has too.
+    pub beneath: Option<u64>,
     /// When it was last written to, by the writer's clock.
     pub touched: u64,
     /// On disk too, for the journal, while the data is in memory.
@@ -121,6 +123,7 @@ impl Chunk {
             crc32c: Some(checksum::crc32c(data)),
             version: 0,
             sent: None,
+            beneath: None,
             touched: 0,
             copy: None,
         })

@@ -27,6 +27,11 @@ pub enum WriteError {
         start: u64,
         end: u64,
     },
+    #[error(
+        "{object}: holds the only copy of parts of {file}, which could not be stored: \
+         `mlfs uploads retry` or `discard` that first"
+    )]
+    InUse { object: String, file: String },
     #[error("{object}: a file of {size} bytes needs more than 10000 parts: raise --part-size")]
     TooLarge { object: String, size: u64 },
 }
@@ -43,6 +48,7 @@ impl WriteError {
             Self::Store(error) => error.errno(),
             Self::Spill { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Self::NoRoom { .. } | Self::GivenUp { .. } => libc::ENOSPC,
+            Self::InUse { .. } => libc::EBUSY,
             Self::TooLarge { .. } => libc::EFBIG,
         }
     }

@@ -46,8 +46,8 @@ enum Action {
     Wait,
     /// These bytes (file offsets) must be filled in first.
     Fill(Range<u64>),
-    /// Nothing local: copy it inside the store.
-    Copy(Source),
+    /// Nothing local, or the same as underneath: copy it inside the store. With the version.
+    Copy(Source, u64),
     /// Nothing local: fetch it, or make zeros, and send that.
     Load,
     /// The file is shorter than the snapshot by now.
@@ -64,6 +64,11 @@ impl Draft {
     /// tried again.
     pub async fn publish(self: &Arc<Self>) -> Result<Option<Stored>, WriteError> {
         let _publishing = self.publishing.lock().await;
+        if self.snapshot().is_none() {
+            return Ok(None);
+        }
+        let names = self.hold_names().await;
+        let _names = names.inspect_err(|error| self.note_failure(error))?;
         let mut last = None;
         for _ in 0..ATTEMPTS {
             let Some(snapshot) = self.snapshot() else {
@@ -158,6 +163,11 @@ impl Draft {
         let mut mixed = false;
         let payload = loop {
             let action = self.state.lock().action(0, size);
+            let action = match action {
+                // It is here too.
+                Action::Copy(_, version) if version != UNTOUCHED => Action::Send,
+                other => other,
+            };
             match action {
                 Action::Send | Action::Have(..) | Action::Wait => {
                     let outgoing = Outgoing::of(&self.state.lock(), 0, size);
@@ -171,7 +181,7 @@ impl Draft {
                     mixed = true;
                     self.fill(range).await?;
                 }
-                Action::Copy(_) | Action::Load => {
+                Action::Copy(..) | Action::Load => {
                     mixed = size > 0;
                     break self.load(0..size).await?;
                 }
@@ -250,16 +260,8 @@ impl Draft {
         }
     }
 
-    /// The content of the draft, at some moment, is an object now: `versions` of its chunks are
-    /// let go, what was written since stays.
-    pub(super) fn rebase(
-        &self,
-        state: &mut State,
-        object: &Target,
-        size: u64,
-        etag: Option<ETag>,
-        versions: &Versions,
-    ) {
+    /// The content of the draft, at some moment, is an object now: the file lies over that.
+    pub(super) fn rebase(&self, state: &mut State, object: &Target, size: u64, etag: Option<ETag>) {
         state.base = Some(self.writer.reader.open(Source {
             store: Arc::clone(&object.store),
             key: object.key.clone(),
@@ -267,15 +269,7 @@ impl Draft {
             size,
         }));
         state.base_limit = size.min(state.low_water);
-        let geometry = state.geometry;
-        state.chunks.retain(|index, chunk| {
-            // What another writer appended while it was sent is beyond the object's end.
-            let end = geometry.range(*index).start + chunk.local.end;
-            versions.get(index) != Some(&chunk.version) || end > size
-        });
-        for chunk in state.chunks.values_mut() {
-            chunk.sent = None;
-        }
+        state.unsend(|_| true);
     }
 
     /// Writes down that the file is closed and where its bytes are, so that the next mount stores
@@ -338,9 +332,9 @@ impl Draft {
                         return Ok(Some((index, version, receipt)));
                     }
                 }
-                Action::Copy(base) => {
+                Action::Copy(base, version) => {
                     let receipt = self.copy_part(index, &base, range).await?;
-                    return Ok(Some((index, UNTOUCHED, receipt)));
+                    return Ok(Some((index, version, receipt)));
                 }
                 Action::Load => {
                     let _permit = self.permit().await?;
@@ -394,13 +388,13 @@ impl Draft {
         // One that a sender began although all went in one PUT.
         self.abandon_upload(&mut state);
         let target = state.target.clone();
-        self.rebase(
-            &mut state,
-            &target,
-            snapshot.size,
-            stored.etag.clone(),
-            versions,
-        );
+        self.rebase(&mut state, &target, snapshot.size, stored.etag.clone());
+        let geometry = state.geometry;
+        state.chunks.retain(|index, chunk| {
+            // What another writer appended while it was sent is beyond the object's end.
+            let end = geometry.range(*index).start + chunk.local.end;
+            versions.get(index) != Some(&chunk.version) || end > snapshot.size
+        });
         state.published = Some(snapshot.generation);
         state.failure = None;
         state.guard = None;
@@ -453,6 +447,7 @@ impl Draft {
             StoreError::Conflict { .. } if renamed && !state.has_given_up() => {
                 self.abandon_upload(&mut state);
             }
+            StoreError::Changed { .. } => return state.fall_back(),
             _ => return false,
         }
         true
@@ -549,6 +544,11 @@ impl State {
         if matches!(chunk.data, Data::GivenUp) {
             return Action::GivenUp;
         }
+        if self.lies_beneath(index)
+            && let Some(source) = self.copied_from(&part)
+        {
+            return Action::Copy(source, chunk.version);
+        }
         if chunk.local.start > 0 {
             return Action::Fill(bounds.start..bounds.start + chunk.local.start);
         }
@@ -559,15 +559,17 @@ impl State {
     }
 
     fn action_without(&self, part: Range<u64>) -> Action {
-        let Some(base) = self.base.as_ref().filter(|_| part.end <= self.base_limit) else {
-            return Action::Load;
-        };
+        match self.copied_from(&part) {
+            Some(source) => Action::Copy(source, UNTOUCHED),
+            None => Action::Load,
+        }
+    }
+
+    /// What has this part and can be copied inside the store.
+    fn copied_from(&self, part: &Range<u64>) -> Option<Source> {
+        let base = self.base.as_ref().filter(|_| part.end <= self.base_limit)?;
         let source = base.source();
         let same_store = Arc::ptr_eq(&source.store, &self.target.store);
-        if same_store && self.target.store.capabilities().copy_part {
-            Action::Copy(source)
-        } else {
-            Action::Load
-        }
+        (same_store && self.target.store.capabilities().copy_part).then_some(source)
     }
 }

@@ -259,6 +259,7 @@ impl State {
             // Bytes that cannot be checked are not taken back.
             (Some(_), _) => chunk.crc32c.is_none(),
             (None, Data::GivenUp) => false,
+            (None, _) if self.lies_beneath(index) => false,
             (None, _) => !chunk.is_sent(part.end - part.start),
         }
     }
@@ -320,6 +321,9 @@ impl State {
         let mut files = Vec::with_capacity(self.chunks.len());
         let mut exact = true;
         for (index, chunk) in &self.chunks {
+            if self.lies_beneath(*index) {
+                continue;
+            }
             let (record, file) = match self.record_of(*index, chunk, tolerance) {
                 Where::Now(record, file) => (record, file),
                 Where::Before(record, file) => {

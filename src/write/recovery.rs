@@ -253,18 +253,21 @@ impl Leftover {
             let base = state.base.as_ref();
             state.misplaced = Some(Misplaced {
                 etag: base.and_then(|base| base.source().etag),
+                before: None,
+                only_copy: true,
                 target: Target {
                     key,
                     ..state.target.clone()
                 },
             });
         }
-        Ok(Draft::with_state(
-            writer,
-            self.id.clone(),
-            self.since(),
-            state,
-        ))
+        let misplaced = state.misplaced.as_ref();
+        let former = misplaced.map(|misplaced| misplaced.target.object());
+        let draft = Draft::with_state(writer, self.id.clone(), self.since(), state);
+        if let Some(former) = former {
+            writer.names.leave(former, &draft);
+        }
+        Ok(draft)
     }
 
     fn state(
@@ -451,6 +454,7 @@ fn chunk(record: &ChunkRecord, checked: bool, data: Data, receipt: Option<PartRe
             version: record.version,
             receipt,
         }),
+        beneath: None,
         touched: 0,
         copy: None,
     }

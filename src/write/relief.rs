@@ -96,8 +96,9 @@ impl Writer {
                 let keeps = end && expendable != Expendable::Ends;
                 let on_disk = matches!(chunk.data, Data::Spilled(_));
                 let there = chunk.memory() > 0 || on_disk && expendable != Expendable::Memory;
-                let sent = !state.queued.contains(index) && chunk.is_sent(range.end - range.start);
-                if !keeps && sent && there && chunk.touched < oldest {
+                let stored = chunk.is_sent(range.end - range.start) || state.lies_beneath(*index);
+                let expendable = stored && !state.queued.contains(index);
+                if !keeps && expendable && there && chunk.touched < oldest {
                     oldest = chunk.touched;
                     given = Some((Arc::clone(&draft), *index));
                 }
@@ -107,6 +108,15 @@ impl Writer {
             return false;
         };
         let mut state = draft.state.lock();
+        if state.lies_beneath(index) {
+            if let Some(misplaced) = &mut state.misplaced {
+                misplaced.only_copy = true;
+            }
+            let dropped = state.chunks.remove(&index);
+            drop(state);
+            drop(dropped);
+            return true;
+        }
         let Some(chunk) = state.chunks.get_mut(&index) else {
             return true;
         };

@@ -3,13 +3,16 @@
 //! Parts are bound to the name that their upload was begun with. A few are sent again under the new
 //! one. Where many were sent, or the local copy of one was given up, the upload is completed under
 //! the old name, its object copied inside the store, part by part, into an upload under the new
-//! one, and removed.
+//! one, and removed. Local copies are kept until then, as far as there is room for them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::chunk::Data;
 use super::draft::Draft;
 use super::error::WriteError;
 use super::journal::{Record, Spent};
+use super::names::HeldNames;
 use super::publish::Versions;
 use super::recognise::remove_if_same;
 use super::state::{Misplaced, State};
@@ -78,19 +81,18 @@ impl Draft {
         self.note_spending(from, stored.size, etag);
         let closed = {
             let mut state = self.state.lock();
-            self.rebase(
-                &mut state,
-                from,
-                stored.size,
-                stored.etag.clone(),
-                &versions,
-            );
+            let before = state.base.clone().map(|base| (base, state.base_limit));
+            self.rebase(&mut state, from, stored.size, stored.etag.clone());
+            let only_copy = state.let_go_of_spent(&versions, stored.size);
             state.misplaced = Some(Misplaced {
                 target: from.clone(),
                 etag: stored.etag.clone(),
+                before,
+                only_copy,
             });
             state.is_recorded_closed()
         };
+        self.writer.names.leave(from.object(), self);
         // The former manifest speaks of parts that are spent.
         let _ = self.append_manifest(closed);
         Ok(None)
@@ -98,10 +100,66 @@ impl Draft {
 
     /// The file is stored: removes what it left under a name that it has no longer.
     pub(super) async fn remove_misplaced(&self, own: &Target) {
-        let misplaced = self.state.lock().misplaced.take();
-        if let Some(misplaced) = misplaced.filter(|it| it.target.key != own.key) {
+        let Some(misplaced) = self.state.lock().misplaced.take() else {
+            return;
+        };
+        self.writer.names.clear(&misplaced.target.object());
+        if misplaced.target.key != own.key {
             misplaced.remove().await;
         }
+    }
+
+    /// Every name that publishing the file has to do with, once nobody else has any of them.
+    ///
+    /// # Errors
+    /// `InUse` when there is something under the file's name that another has nowhere else.
+    pub(super) async fn hold_names(self: &Arc<Self>) -> Result<HeldNames, WriteError> {
+        let (own, wanted) = {
+            let state = self.state.lock();
+            let own = state.target.object();
+            let upload = state.upload.as_ref().map(|upload| upload.target.object());
+            let misplaced = state.misplaced.as_ref().map(|it| it.target.object());
+            let wanted: BTreeSet<String> = [Some(own.clone()), upload, misplaced]
+                .into_iter()
+                .flatten()
+                .collect();
+            (own, Vec::from_iter(wanted))
+        };
+        let names = &self.writer.names;
+        let held = match names.try_hold(&wanted) {
+            Some(held) => held,
+            None => {
+                self.record_close().await;
+                names.hold(&wanted).await
+            }
+        };
+        let left = names.left(&own).filter(|left| !Arc::ptr_eq(left, self));
+        if let Some(left) = left {
+            left.make_way(own).await?;
+        }
+        Ok(held)
+    }
+
+    /// Another file is about to take `name`, where an object of this one may be: it does without.
+    async fn make_way(self: &Arc<Self>, name: String) -> Result<(), WriteError> {
+        let closed = {
+            let mut state = self.state.lock();
+            let there = state.misplaced.as_ref();
+            if there.is_none_or(|it| it.target.object() != name) {
+                return Ok(());
+            }
+            let closed = state.is_recorded_closed();
+            if !state.fall_back() {
+                let file = state.target.path.clone();
+                return Err(WriteError::InUse { object: name, file });
+            }
+            closed
+        };
+        self.writer.names.clear(&name);
+        if closed {
+            self.record_close().await;
+        }
+        Ok(())
     }
 }
 
@@ -128,6 +186,41 @@ impl State {
         });
         sent.count() >= WORTH_COPYING && self.target.store.capabilities().copy_part
     }
+
+    /// `versions` of the chunks are in the object underneath, of `size` bytes. What is here too is
+    /// kept until it is under its own name: somebody may take the former one. True when something
+    /// is not here.
+    fn let_go_of_spent(&mut self, versions: &Versions, size: u64) -> bool {
+        let geometry = self.geometry;
+        let mut only_copy = false;
+        self.chunks.retain(|index, chunk| {
+            let end = geometry.range(*index).start + chunk.local.end;
+            if versions.get(index) != Some(&chunk.version) || end > size {
+                return true;
+            }
+            chunk.beneath = Some(chunk.version);
+            let here = !matches!(chunk.data, Data::GivenUp);
+            only_copy |= !here;
+            here
+        });
+        only_copy
+    }
+
+    /// What the parts have become is gone, or about to be: what is here counts again. False when
+    /// not all of it is here.
+    pub(super) fn fall_back(&mut self) -> bool {
+        let Some(misplaced) = self.misplaced.take_if(|it| !it.only_copy) else {
+            return false;
+        };
+        self.note_change();
+        let (base, limit) = misplaced.before.unzip();
+        self.base = base;
+        self.base_limit = self.base_limit.min(limit.unwrap_or(0));
+        for chunk in self.chunks.values_mut() {
+            chunk.beneath = None;
+        }
+        true
+    }
 }
 
 async fn move_object(from: &Target, to: &Target, stored: &Stored) -> Result<Stored, WriteError> {
@@ -138,6 +231,7 @@ async fn move_object(from: &Target, to: &Target, stored: &Stored) -> Result<Stor
         modified: stored.modified,
     };
     let moved = to.store.copy(&source, &to.key).await?;
-    from.store.delete(std::slice::from_ref(&from.key)).await?;
+    let etag = stored.etag.as_ref().map(ETag::as_str);
+    remove_if_same(&from.store, &from.key, etag).await?;
     Ok(moved)
 }

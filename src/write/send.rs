@@ -122,6 +122,7 @@ impl Draft {
                     && !state.queued.contains(index)
                     && !matches!(chunk.data, Data::GivenUp)
                     && !chunk.is_sent(length)
+                    && !state.lies_beneath(**index)
             })
             .map(|(index, _)| *index)
             .collect();

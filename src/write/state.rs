@@ -85,6 +85,10 @@ pub(super) struct State {
 pub(super) struct Misplaced {
     pub target: Target,
     pub etag: Option<ETag>,
+    /// What the file lay over before, and how many bytes of that counted.
+    pub before: Option<(Arc<ObjectReader>, u64)>,
+    /// Something of the file is nowhere else.
+    pub only_copy: bool,
 }
 
 /// A piece of a read, or where it is to be had.
@@ -240,6 +244,13 @@ impl State {
     pub(super) fn has_given_up(&self) -> bool {
         let mut chunks = self.chunks.values();
         chunks.any(|chunk| matches!(chunk.data, Data::GivenUp))
+    }
+
+    /// Whether the object underneath has part `index` as it is.
+    pub(super) fn lies_beneath(&self, index: u32) -> bool {
+        let chunk = self.chunks.get(&index);
+        chunk.is_some_and(|chunk| chunk.beneath == Some(chunk.version))
+            && self.part(index).end <= self.base_limit
     }
 
     /// Parts of these chunks are no longer sent.
