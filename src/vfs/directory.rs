@@ -62,13 +62,14 @@ fn fresh(at: Instant, ttl: Duration) -> bool {
 
 impl Directory {
     pub fn lookup(&self, name: &str, ttl: Duration) -> Lookup {
-        let listed = self.complete.filter(|at| fresh(*at, ttl));
+        let listed = self.complete.is_some_and(|at| fresh(at, ttl));
         match self.known.get(name) {
-            Some(known) if fresh(known.at, ttl) => match &known.entry {
+            // Never older than the listing: it may grow stale between two looks at the clock.
+            Some(known) if listed || fresh(known.at, ttl) => match &known.entry {
                 Some(entry) => Lookup::Found(entry.clone(), known.at),
                 None => Lookup::Absent,
             },
-            _ if listed.is_some() => Lookup::Absent,
+            None if listed => Lookup::Absent,
             _ => Lookup::Unknown,
         }
     }

@@ -63,11 +63,15 @@ impl Vfs {
     /// Finds `name` in `parent` and counts a lookup of it.
     pub async fn lookup(&self, parent: Inode, name: &OsStr) -> VfsResult<EntryAttributes> {
         let name = names::from_kernel(name)?;
-        let (inode, believed) = self.resolve(parent, name).await?;
-        let mut tree = self.tree.lock();
-        tree.add_lookup(inode);
-        let node = tree.get(inode).ok_or(VfsError::NOT_FOUND)?;
-        Ok(self.describe(inode, node, believed))
+        loop {
+            let (inode, believed) = self.resolve(parent, name).await?;
+            let mut tree = self.tree.lock();
+            tree.add_lookup(inode);
+            // The kernel may have forgotten meanwhile what it had looked up before.
+            if let Some(node) = tree.get(inode) {
+                return Ok(self.describe(inode, node, believed));
+            }
+        }
     }
 
     /// The inode of `name` in `parent`, and for how long it may be believed.
