@@ -10,9 +10,9 @@ from server import MIB, PROFILES
 # Whose figures are set against whose, below the table.
 PAIRS = (("mlfs", (*PEERS, "sdk")),
          ("mlfs signed", ("s3fs", "rclone off", "rclone full", "sdk signed")),
-         ("mlfs small", ("mount-s3",)), ("mlfs wide", ("mount-s3",)))
-# Connections of which the profile's bound is told: mlfs's usual transfers, and `mlfs wide`'s.
-CONNECTIONS = (16, 64)
+         ("mlfs small", ("mount-s3",)), ("mlfs untold", ("mount-s3",)))
+# Connections of which the profile's bound is told: those of `mlfs`, and of `mlfs untold`.
+CONNECTIONS = (16, 32)
 
 
 def median(results, field="value"):

@@ -129,7 +129,7 @@ pub struct MountArguments {
         long,
         env = "MLFS_TRANSFERS",
         value_name = "N",
-        default_value_t = 16,
+        default_value_t = 32,
         allow_negative_numbers = true
     )]
     pub transfers: usize,
