@@ -6,9 +6,12 @@ use super::error::{VfsError, VfsResult};
 use super::tree::{Inode, Kind, Node};
 use super::{Entry, Vfs};
 
-/// `st_blksize`: buffered writers (Python's `open`, C's stdio) take it as the size of their
-/// buffer, and few large writes are cheaper than many small ones.
-const PREFERRED_BLOCK: u32 = 1 << 20;
+/// `st_blksize` of a file that is written: buffered writers (Python's `open`, C's stdio) take it as
+/// the size of their buffer, and few large writes are cheaper than many small ones.
+const WRITERS_BLOCK: u32 = 1 << 20;
+/// Of one that is not: buffered readers fill as much at each place they look at. torch looks at the
+/// header of each member of a container, and a MiB at each was most of the file.
+const READERS_BLOCK: u32 = 4096;
 /// What an object store has room for, as far as a program needs to know, bytes.
 const PRETENDED_CAPACITY: u64 = 1 << 50;
 const USAGE_BLOCK: u32 = 1 << 20;
@@ -60,8 +63,12 @@ impl Vfs {
     }
 
     pub(super) fn describe(&self, inode: Inode, node: &Node, ttl: Duration) -> EntryAttributes {
+        let mut preferred_block = READERS_BLOCK;
         let (size, modified, ttl) = match &node.kind {
             Kind::File(file) => {
+                if file.state().writers > 0 || file.is_dirty() {
+                    preferred_block = WRITERS_BLOCK;
+                }
                 let (size, modified) = file.size_and_time();
                 let ttl = if file.is_dirty() {
                     ttl.min(MOVING_TTL)
@@ -99,7 +106,7 @@ impl Vfs {
                     FileKind::Directory => 2,
                     FileKind::Regular => 1,
                 },
-                preferred_block: PREFERRED_BLOCK,
+                preferred_block,
             },
             ttl,
         }
