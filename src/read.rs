@@ -7,11 +7,13 @@
 //! ([`disk`], when asked for), or in the store, and is fetched once, whoever waits for it. The
 //! first touch of a place fetches just the blocks that were asked for; [`pattern`] watches the
 //! offsets and says how far to run ahead; a format plan ([`plan`]) tells where a tensor or member
-//! ends, so that running ahead does not run past it.
+//! ends, so that running ahead does not run past it, and which headers are looked at next
+//! ([`look`]).
 
 mod block;
 mod disk;
 mod fetch;
+mod look;
 mod object;
 mod pattern;
 pub mod plan;
@@ -105,6 +107,8 @@ pub struct Reader {
     cache: Arc<BlockCache>,
     disk: Option<Arc<Disk>>,
     prefetches: Arc<Semaphore>,
+    /// Bytes fetched ahead, or being fetched, that nobody has read yet.
+    unread: Arc<AtomicU64>,
     runtime: Handle,
     options: ReadOptions,
     contents: Mutex<LruCache<Identity, u64>>,
@@ -125,6 +129,7 @@ impl Reader {
             cache,
             disk,
             prefetches: Arc::new(Semaphore::new(options.transfers)),
+            unread: Arc::default(),
             runtime,
             options,
             contents: Mutex::new(LruCache::new(IDENTITIES)),

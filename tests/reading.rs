@@ -4,7 +4,7 @@ mod harness;
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use harness::{BUCKET, Lab, PREFIX, errno, noise};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
@@ -48,6 +48,26 @@ fn a_sequential_read_is_right_and_keeps_several_ranges_in_flight() {
     assert!(
         mount.status()["memory"]["peak"].as_u64() <= mount.status()["memory"]["limit"].as_u64()
     );
+}
+
+#[test]
+fn what_a_reader_has_left_behind_is_let_go_of_wherever_it_began() {
+    let lab = Lab::new();
+    let size = 128 * MIB;
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    // Just as it is read here, without the kernel's readahead: no read begins where a block does.
+    let mut options = File::options();
+    let direct = options.read(true).custom_flags(libc::O_DIRECT);
+    let file = direct.open(mount.at("big")).unwrap();
+    let mut buffer = vec![0; 128 * 1024];
+    let mut at = 4096;
+    while at < size {
+        at += file.read_at(&mut buffer, at).unwrap() as u64;
+    }
+    let cached = mount.status()["read"]["bytes_cached"].as_u64().unwrap();
+    assert!(cached < 16 * MIB, "{cached}");
 }
 
 #[test]

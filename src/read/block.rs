@@ -3,6 +3,7 @@
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -15,16 +16,57 @@ use crate::budget::{Reclaim, Reservation};
 pub(super) struct Block {
     pub frames: Vec<Bytes>,
     pub length: u64,
+    /// Until somebody reads it, if it was fetched ahead of anybody.
+    unread: Mutex<Option<Unread>>,
     /// Held as long as anybody holds the block.
     _reservation: Reservation,
 }
 
+/// Bytes fetched ahead, or being fetched, that nobody has read yet; counted as long as it lives.
+#[derive(Debug)]
+pub(super) struct Unread {
+    counted: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Unread {
+    /// Counts `bytes` more.
+    pub fn new(counted: &Arc<AtomicU64>, bytes: u64) -> Self {
+        counted.fetch_add(bytes, Ordering::Relaxed);
+        Self {
+            counted: Arc::clone(counted),
+            bytes,
+        }
+    }
+
+    /// Takes `bytes` out, counted on.
+    pub fn split(&mut self, bytes: u64) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self {
+            counted: Arc::clone(&self.counted),
+            bytes,
+        }
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        self.counted.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 impl Block {
-    pub fn new(frames: Vec<Bytes>, reservation: Reservation) -> Arc<Self> {
+    pub fn new(
+        frames: Vec<Bytes>,
+        reservation: Reservation,
+        unread: Option<&mut Unread>,
+    ) -> Arc<Self> {
         let length = frames.iter().map(|frame| frame.len() as u64).sum();
         Arc::new(Self {
             frames,
             length,
+            unread: Mutex::new(unread.map(|unread| unread.split(length))),
             _reservation: reservation,
         })
     }
@@ -41,6 +83,7 @@ pub struct Segments {
 impl Segments {
     /// Appends `range` (relative to the block's start) of a block.
     pub(super) fn push_block(&mut self, block: &Arc<Block>, range: Range<u64>) {
+        drop(block.unread.lock().take());
         let mut start = 0;
         for frame in &block.frames {
             let end = start + frame.len() as u64;

@@ -9,7 +9,7 @@ use futures_util::TryStreamExt;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::block::{Block, BlockCache};
+use super::block::{Block, BlockCache, Unread};
 use super::disk::Found;
 use super::{BLOCK_SIZE, Reader, Source};
 use crate::budget::Reservation;
@@ -92,6 +92,7 @@ impl Fetch {
         source: &Source,
         content: u64,
         mut reservation: Reservation,
+        mut unread: Option<Unread>,
         asked: &AtomicU64,
     ) -> StoreResult<()> {
         let disk = reader.disk.as_ref().and_then(|disk| disk.object(source));
@@ -108,7 +109,8 @@ impl Fetch {
                     for bytes in run {
                         let length = bytes.len() as u64;
                         from_disk.fetch_add(length, Ordering::Relaxed);
-                        let block = Block::new(vec![bytes], reservation.split(length));
+                        let block =
+                            Block::new(vec![bytes], reservation.split(length), unread.as_mut());
                         self.fill(&reader.cache, content, block);
                     }
                 }
@@ -117,7 +119,14 @@ impl Fetch {
                     let bytes = range_of(&gap, source);
                     asked.fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
                     let outcome = self
-                        .request(bytes, source, &reader.cache, content, &mut reservation)
+                        .request(
+                            bytes,
+                            source,
+                            &reader.cache,
+                            content,
+                            &mut reservation,
+                            unread.as_mut(),
+                        )
                         .await;
                     if let Some(disk) = &disk {
                         disk.offer(gap.start, &self.filled_from(gap.start));
@@ -144,6 +153,7 @@ impl Fetch {
         cache: &BlockCache,
         content: u64,
         reservation: &mut Reservation,
+        mut unread: Option<&mut Unread>,
     ) -> StoreResult<()> {
         let (start, end) = (bytes.start, bytes.end);
         let body = source
@@ -170,7 +180,8 @@ impl Fetch {
                 if offset == boundary {
                     let frames = std::mem::take(&mut gathered);
                     let length: u64 = frames.iter().map(|frame| frame.len() as u64).sum();
-                    let block = Block::new(frames, reservation.split(length));
+                    let block =
+                        Block::new(frames, reservation.split(length), unread.as_deref_mut());
                     self.fill(cache, content, block);
                     boundary = (boundary + BLOCK_SIZE).min(end);
                 }

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
 
-use super::block::{Block, Segments};
+use super::block::{Block, Segments, Unread};
 use super::fetch::{Fetch, object_name};
+use super::look::{Looking, Looks};
 use super::pattern::Pattern;
-use super::plan::{self, Extents, Plan};
+use super::plan::{Extents, Format, Plan};
 use super::{BLOCK_SIZE, Reader, Source};
-use crate::budget::Class;
+use crate::budget::{Class, Reservation};
 use crate::store::StoreResult;
 
 /// Bytes of one prefetch request at most: long enough that the time to the first byte does not
@@ -28,15 +30,17 @@ const WHOLE_OBJECT: u64 = 512 * 1024;
 /// A read this close to the beginning of a tensor begins it, bytes: the C library copies each MiB of
 /// a mapping backwards, and the kernel reads ahead out of order.
 const BEGINNING: u64 = 2 << 20;
+/// The kernel reads around the first page of a tensor that is touched, this far to each side, bytes.
+const EDGE: u64 = 128 << 10;
 /// A prefetch that failed is repeated by each reader that needs it, this often.
 const ATTEMPTS: usize = 2;
 
 /// What is known of the inside of the file.
 #[derive(Debug)]
 enum Layout {
-    /// The format's index has not been read yet; it is complete with this many bytes of the start.
-    Unread(u64),
-    Known(Arc<Extents>),
+    /// The format's index has not been read yet; these bytes of the file tell more of it.
+    Unread(Format, Range<u64>),
+    Known(Format, Arc<Extents>),
     Plain,
 }
 
@@ -47,6 +51,16 @@ struct State {
     /// Fetches on their way, by first block; they never overlap.
     fetches: BTreeMap<u64, Arc<Fetch>>,
     layout: Layout,
+    looks: Looks,
+    /// Where the tensor ends that somebody began last.
+    begun: Option<u64>,
+}
+
+/// What a prefetch needs.
+struct Prefetch {
+    permit: OwnedSemaphorePermit,
+    reservation: Reservation,
+    unread: Unread,
 }
 
 /// Reads one version of one object; never a byte of another.
@@ -60,10 +74,9 @@ pub struct ObjectReader {
 
 impl ObjectReader {
     pub(super) fn new(reader: Arc<Reader>, source: Source, content: u64) -> Arc<Self> {
-        let layout = if source.key.ends_with(".safetensors") {
-            Layout::Unread(8)
-        } else {
-            Layout::Plain
+        let layout = match Format::of_name(&source.key) {
+            Some(format) => Layout::Unread(format, format.first(source.size)),
+            None => Layout::Plain,
         };
         Arc::new(Self {
             reader,
@@ -74,6 +87,8 @@ impl ObjectReader {
                 pattern: Pattern::default(),
                 fetches: BTreeMap::new(),
                 layout,
+                looks: Looks::default(),
+                begun: None,
             }),
         })
     }
@@ -109,6 +124,13 @@ impl ObjectReader {
         if offset >= end {
             return Ok(Segments::default());
         }
+        if let Some((looking, source)) = self.look(offset..end) {
+            let bytes = looking.read(&self.reader, &source, offset..end).await?;
+            self.note_served(end - offset);
+            let mut segments = Segments::default();
+            segments.push(bytes);
+            return Ok(segments);
+        }
         let wanted = self.demand(offset..end);
         let mut segments = Segments::default();
         let mut waiting = self.plan_fetches(wanted.clone());
@@ -121,11 +143,28 @@ impl ObjectReader {
             segments.push_block(&block, from..to);
         }
         self.learn_layout();
-        self.reader
-            .metrics
-            .bytes_served
-            .fetch_add(end - offset, Ordering::Relaxed);
+        self.note_served(end - offset);
         Ok(segments)
+    }
+
+    fn note_served(&self, bytes: u64) {
+        let served = &self.reader.metrics.bytes_served;
+        served.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// How to serve a read that only looks at how a member begins.
+    fn look(&self, read: Range<u64>) -> Option<(Looking, Source)> {
+        let mut state = self.state.lock();
+        let State { layout, looks, .. } = &mut *state;
+        let Layout::Known(format, extents) = layout else {
+            return None;
+        };
+        let extent = extents.containing(read.end - 1)?;
+        if !format.looks(&read, &extent) {
+            return None;
+        }
+        let looking = looks.plan(&read, &extent, extents, self.size)?;
+        Some((looking, state.source.clone()))
     }
 
     /// The blocks a read of `range` asks for.
@@ -218,30 +257,26 @@ impl ObjectReader {
 
     /// Starts a fetch that stands in the table already. A prefetch brings its permit and its
     /// reservation; a demand waits for its reservation, for somebody waits for it.
-    fn start(
-        self: &Arc<Self>,
-        fetch: Arc<Fetch>,
-        source: Source,
-        prefetch: Option<(
-            tokio::sync::OwnedSemaphorePermit,
-            crate::budget::Reservation,
-        )>,
-    ) {
+    fn start(self: &Arc<Self>, fetch: Arc<Fetch>, source: Source, prefetch: Option<Prefetch>) {
         let this = Arc::clone(self);
         self.reader.runtime.spawn(async move {
             let reader = &this.reader;
             let bytes = this.bytes_of(&fetch.blocks);
-            let (permit, reservation, asked) = match prefetch {
-                Some((permit, reservation)) => {
-                    (Some(permit), reservation, &reader.metrics.bytes_prefetched)
-                }
+            let (permit, reservation, unread, asked) = match prefetch {
+                Some(prefetch) => (
+                    Some(prefetch.permit),
+                    prefetch.reservation,
+                    Some(prefetch.unread),
+                    &reader.metrics.bytes_prefetched,
+                ),
                 None => {
                     let reservation = reader.budget.reserve(Class::Read, bytes).await;
-                    (None, reservation, &reader.metrics.bytes_demanded)
+                    (None, reservation, None, &reader.metrics.bytes_demanded)
                 }
             };
+            tracing::trace!(blocks = ?fetch.blocks, ahead = permit.is_some(), "fetch");
             let outcome = fetch
-                .run(reader, &source, this.content, reservation, asked)
+                .run(reader, &source, this.content, reservation, unread, asked)
                 .await;
             drop(permit);
             // The blocks are in the cache now, and can be given up for others.
@@ -261,7 +296,14 @@ impl ObjectReader {
         let mut state = self.state.lock();
         // The kernel reads whole pages: the first byte of a read may still be a neighbour's.
         let extent = match &state.layout {
-            Layout::Known(extents) => extents.containing(read.end - 1),
+            Layout::Known(format, extents) => {
+                let extent = extents.containing(read.end - 1);
+                let looks = |extent: &Range<u64>| format.looks(&read, extent);
+                if extent.as_ref().is_some_and(looks) {
+                    return;
+                }
+                extent
+            }
             _ => None,
         };
         let bound = extent.as_ref().map_or(self.size, |extent| extent.end);
@@ -270,14 +312,25 @@ impl ObjectReader {
         // Not who comes from the tensor before: the kernel reads past the end of what was asked.
         let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
         let mut pieces = PIECES;
+        let mut most = self.most_unread();
         if let Some(extent) = begun {
+            // Some loaders touch each tensor before they read the first: that must not get in the
+            // way of whoever reads on.
+            most /= 2;
+            if state.begun == Some(extent.start) {
+                // One after the other: where the next one begins is touched next.
+                let around = extent.end - EDGE.min(extent.end)..self.size.min(extent.end + EDGE);
+                self.prefetch(&mut state, around, most);
+            }
+            state.begun = Some(extent.end);
             // Whoever begins a tensor reads it to its end: all of it at once.
             ahead.range = read.end..extent.end.min(read.end + maximum).max(read.end);
             ahead.window = ahead.range.end - ahead.range.start;
             pieces = self.reader.options.transfers as u64;
         }
         tracing::trace!(?read, ?ahead, bound, "pattern");
-        let behind = ahead.behind.start.div_ceil(BLOCK_SIZE)..ahead.behind.end / BLOCK_SIZE;
+        // Its first block was the last of the piece before, and still needed then.
+        let behind = ahead.behind.start / BLOCK_SIZE..ahead.behind.end / BLOCK_SIZE;
         self.reader.cache.remove(self.content, behind);
         if ahead.range.is_empty() {
             return;
@@ -288,10 +341,10 @@ impl ObjectReader {
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);
-            if to - from < request && to < bound {
+            if to - from < request && to != bound && to < self.size {
                 break;
             }
-            if !self.prefetch(&mut state, from..to) {
+            if !self.prefetch(&mut state, from..to, most) {
                 break;
             }
             from = to;
@@ -299,17 +352,29 @@ impl ObjectReader {
         state.pattern.asked(read.start, from);
     }
 
-    /// Most bytes to run ahead: enough for every permitted request, within half of what readers
-    /// may hold.
+    /// Most bytes to run ahead of one stream: enough for every permitted request, within what all
+    /// of them may.
     fn maximum_window(&self) -> u64 {
         let wire = (self.reader.options.transfers as u64 + 2) * REQUEST_SIZE;
-        wire.min(self.reader.budget.ceiling(Class::Read) / 2)
+        wire.min(self.most_unread())
     }
 
-    fn prefetch(self: &Arc<Self>, state: &mut State, bytes: Range<u64>) -> bool {
+    /// Most bytes to run ahead of all streams: half of what readers may hold.
+    fn most_unread(&self) -> u64 {
+        self.reader.budget.ceiling(Class::Read) / 2
+    }
+
+    /// Fetches `bytes` ahead, unless there would be more than `most` bytes that nobody has read, or
+    /// no request or memory is left; tells whether it does.
+    fn prefetch(self: &Arc<Self>, state: &mut State, bytes: Range<u64>, most: u64) -> bool {
         let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
         for gap in self.gaps(state, blocks, None) {
             let length = self.bytes_of(&gap);
+            // What nobody has read yet must not make way for what somebody may read even later.
+            let unread = self.reader.unread.load(Ordering::Relaxed);
+            if unread + length > most {
+                return false;
+            }
             let Ok(permit) = Arc::clone(&self.reader.prefetches).try_acquire_owned() else {
                 return false;
             };
@@ -318,7 +383,13 @@ impl ObjectReader {
             };
             let fetch = Fetch::new(gap.clone());
             state.fetches.insert(gap.start, Arc::clone(&fetch));
-            self.start(fetch, state.source.clone(), Some((permit, reservation)));
+            let unread = Unread::new(&self.reader.unread, length);
+            let prefetch = Prefetch {
+                permit,
+                reservation,
+                unread,
+            };
+            self.start(fetch, state.source.clone(), Some(prefetch));
         }
         true
     }
@@ -326,13 +397,18 @@ impl ObjectReader {
     /// Reads the format's index as soon as its bytes are in the cache; asks for nothing itself.
     fn learn_layout(&self) {
         let mut state = self.state.lock();
-        while let Layout::Unread(needed) = state.layout {
-            let Some(prefix) = self.cached_prefix(needed) else {
+        while let Layout::Unread(format, needed) = &state.layout {
+            let format = *format;
+            let Some(bytes) = self.cached(needed) else {
                 return;
             };
-            state.layout = match plan::safetensors(self.size, &prefix) {
-                Plan::NeedPrefix(more) if more > needed => Layout::Unread(more),
-                Plan::Ready(extents) => Layout::Known(Arc::new(extents)),
+            let plan = format.plan(self.size, needed.start, &bytes);
+            let longer = |range: &Range<u64>| {
+                range.end <= self.size && range.end - range.start > needed.end - needed.start
+            };
+            state.layout = match plan {
+                Plan::Need(range) if longer(&range) => Layout::Unread(format, range),
+                Plan::Ready(extents) => Layout::Known(format, Arc::new(extents)),
                 other => {
                     tracing::debug!(object = object_name(&state.source), plan = ?other,
                         "read without a plan");
@@ -342,16 +418,18 @@ impl ObjectReader {
         }
     }
 
-    fn cached_prefix(&self, length: u64) -> Option<Vec<u8>> {
-        let length = length.min(self.size);
+    /// Bytes of the object, if all of them are in memory.
+    fn cached(&self, range: &Range<u64>) -> Option<Vec<u8>> {
         let mut segments = Segments::default();
-        for index in 0..length.div_ceil(BLOCK_SIZE) {
+        for index in range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE) {
             let block = self.reader.cache.get(self.content, index)?;
             let start = index * BLOCK_SIZE;
-            segments.push_block(&block, 0..(length - start).min(block.length));
+            let from = range.start.max(start) - start;
+            let to = (range.end - start).min(block.length);
+            segments.push_block(&block, from..to);
         }
-        let mut prefix = Vec::new();
-        Some(segments.contiguous(&mut prefix).to_vec())
+        let mut bytes = Vec::new();
+        Some(segments.contiguous(&mut bytes).to_vec())
     }
 }
 

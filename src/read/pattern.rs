@@ -24,14 +24,17 @@ const CAUTIOUS: u64 = 16 << 20;
 /// What a long stream has read is kept this far behind its front, bytes: other readers may follow
 /// closely, and readahead comes out of order.
 const KEPT_BEHIND: u64 = 8 << 20;
-/// A stream that began at the first byte is most likely a whole-file read: it runs ahead by this
-/// many times what it consumed.
+/// A stream that began at the first byte is most likely a whole-file read, and one inside of a
+/// tensor most likely reads that to its end: it runs ahead by this many times what it consumed.
 const EAGER: u64 = 4;
+/// The kernel reads around a page of a mapping that is touched, or ahead of it, this far at most,
+/// bytes: a stream that consumed no more of the tensor before begins where it goes on.
+const AROUND: u64 = 256 << 10;
 
 #[derive(Clone, Debug)]
 struct Stream {
-    /// Whether it began at the object's first byte.
-    from_start: bool,
+    /// Whether it began at the object's first byte, or is inside of a tensor.
+    eager: bool,
     /// The furthest byte read.
     front: u64,
     /// Bytes read since the stream began.
@@ -54,7 +57,7 @@ impl Stream {
     fn deserved(&self) -> u64 {
         match self.consumed {
             consumed if consumed <= QUIET => 0,
-            consumed if self.from_start => consumed * EAGER,
+            consumed if self.eager => consumed * EAGER,
             consumed if consumed <= CAUTIOUS => consumed / 4,
             consumed => consumed,
         }
@@ -72,7 +75,7 @@ pub(super) struct Ahead {
     /// it has room. Keeping them here too would make the daemon touch new memory all the time,
     /// which costs more than the network: a read of 4 GiB took 2.4 times as long.
     pub behind: Range<u64>,
-    /// The read begins a stream.
+    /// The read begins a stream, or goes on where one hardly touched the tensor before.
     pub first: bool,
 }
 
@@ -94,7 +97,7 @@ impl Pattern {
             read.start + SLACK_BEHIND >= stream.front && read.start <= stream.front + SLACK_AHEAD
         });
         let Some(stream) = found else {
-            self.begin(&read, clock, bound);
+            self.begin(&read, clock, bound, size);
             return Ahead {
                 range: read.end..read.end,
                 window: 0,
@@ -103,6 +106,11 @@ impl Pattern {
             };
         };
         let length = read.end - read.start;
+        let first = stream.consumed <= AROUND && read.end > stream.bound && stream.bound < size;
+        if first {
+            stream.bound = bound;
+        }
+        stream.eager |= bound < size;
         stream.consumed += length;
         stream.front = stream.front.max(read.end);
         stream.touched = clock;
@@ -124,7 +132,7 @@ impl Pattern {
             range: from.min(to)..to,
             window: stream.window,
             behind,
-            first: false,
+            first,
         }
     }
 
@@ -138,9 +146,9 @@ impl Pattern {
         }
     }
 
-    fn begin(&mut self, read: &Range<u64>, clock: u64, bound: u64) {
+    fn begin(&mut self, read: &Range<u64>, clock: u64, bound: u64, size: u64) {
         let stream = Stream {
-            from_start: read.start == 0,
+            eager: read.start == 0 || bound < size,
             front: read.end,
             consumed: read.end - read.start,
             window: 0,
@@ -223,6 +231,24 @@ mod tests {
         }
         let ahead = pattern.note(36 * MIB..37 * MIB, 64 * MIB, 40 * MIB, END);
         assert!(ahead.range.end > 40 * MIB);
+    }
+
+    #[test]
+    fn who_hardly_touched_the_tensor_before_begins_the_one_he_goes_on_with() {
+        let mut pattern = Pattern::default();
+        let begins = 64 * MIB;
+        let around = begins - 64 * 1024..begins - 4096;
+        assert!(pattern.note(around, 64 * MIB, begins, END).first);
+        let on = begins + 4096..begins + 64 * 1024;
+        assert!(pattern.note(on.clone(), 64 * MIB, 2 * begins, END).first);
+        assert!(!pattern.note(on, 64 * MIB, 2 * begins, END).first);
+        // The kernel's readahead of the one before is no beginning.
+        for mebibyte in 128..192 {
+            let read = mebibyte * MIB..(mebibyte + 1) * MIB;
+            pattern.note(read, 64 * MIB, 192 * MIB, END);
+        }
+        let past = 192 * MIB..192 * MIB + 128 * 1024;
+        assert!(!pattern.note(past, 64 * MIB, 256 * MIB, END).first);
     }
 
     #[test]

@@ -82,7 +82,7 @@ fn blocks(bytes: &[u8]) -> Vec<Arc<Block>> {
         let (one, other) = bytes.split_at(bytes.len() / 3);
         let frames = vec![Bytes::copy_from_slice(one), Bytes::copy_from_slice(other)];
         let reservation = budget.try_reserve(crate::budget::Class::Read, bytes.len() as u64);
-        Block::new(frames, reservation.unwrap())
+        Block::new(frames, reservation.unwrap(), None)
     };
     bytes.chunks(BLOCK_SIZE as usize).map(block).collect()
 }

@@ -8,13 +8,10 @@ use std::ops::Range;
 
 use serde::Deserialize;
 
-use super::{Extents, Plan};
+use super::{Extents, LONGEST_INDEX, Plan};
 
 /// The header's length stands in this many bytes.
-const LENGTH: usize = 8;
-/// A header longer than this is not worth reading ahead of need, bytes. (The format allows
-/// 100 MB; a thousand tensors take about 100 KB.)
-const LONGEST_HEADER: u64 = 16 << 20;
+pub(super) const LENGTH: usize = 8;
 
 #[derive(Deserialize)]
 struct Tensor {
@@ -27,16 +24,16 @@ pub fn safetensors(size: u64, prefix: &[u8]) -> Plan {
         return if size < LENGTH as u64 {
             Plan::Unsuitable("too short")
         } else {
-            Plan::NeedPrefix(LENGTH as u64)
+            Plan::Need(0..LENGTH as u64)
         };
     };
     let length = u64::from_le_bytes(*length);
-    if length > LONGEST_HEADER || length > size - LENGTH as u64 {
+    if length > LONGEST_INDEX || length > size - LENGTH as u64 {
         return Plan::Unsuitable("header length beyond the file or the limit");
     }
     let start = LENGTH as u64 + length;
     let Some(header) = prefix.get(LENGTH..start as usize) else {
-        return Plan::NeedPrefix(start);
+        return Plan::Need(0..start);
     };
     let Ok(tensors) = serde_json::from_slice::<HashMap<String, Tensor>>(header) else {
         return Plan::Unsuitable("header is no JSON of tensors");
@@ -84,10 +81,13 @@ mod tests {
     #[test]
     fn the_header_is_asked_for_in_two_steps() {
         let bytes = file("{}");
-        assert!(matches!(safetensors(100, &[]), Plan::NeedPrefix(8)));
+        assert!(matches!(
+            safetensors(100, &[]),
+            Plan::Need(Range { start: 0, end: 8 })
+        ));
         assert!(matches!(
             safetensors(100, &bytes[..8]),
-            Plan::NeedPrefix(10)
+            Plan::Need(Range { start: 0, end: 10 })
         ));
         assert!(matches!(safetensors(100, &bytes), Plan::Ready(_)));
     }

@@ -1,0 +1,196 @@
+//! What reading a part of a file costs when the file tells where its parts are.
+
+mod harness;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+
+use harness::{BUCKET, Lab, Mount, PREFIX, noise, wait_until};
+use mlfs_lab::s3::Kind;
+
+const MIB: u64 = 1 << 20;
+/// Bytes of a member's header before its name, of a directory's entry, and of the end record.
+const HEADER: usize = 30;
+
+/// A container of stored members, as zipfile writes it, and where each of them begins.
+fn container(members: &[Vec<u8>]) -> (Vec<u8>, Vec<u64>) {
+    let mut file = Vec::new();
+    let mut directory = Vec::new();
+    let mut begins = Vec::new();
+    for (number, member) in members.iter().enumerate() {
+        let name = format!("archive/data/{number:04}");
+        let length = (member.len() as u32).to_le_bytes();
+        let name_length = (name.len() as u16).to_le_bytes();
+        let begin = file.len() as u64;
+        file.extend(0x0403_4b50_u32.to_le_bytes());
+        file.extend([0; 14]);
+        file.extend([length, length].concat());
+        file.extend([name_length, [0; 2]].concat());
+        file.extend(name.as_bytes());
+        file.extend(member);
+        directory.extend(0x0201_4b50_u32.to_le_bytes());
+        directory.extend([0; 16]);
+        directory.extend([length, length].concat());
+        directory.extend(name_length);
+        directory.extend([0; 12]);
+        directory.extend((begin as u32).to_le_bytes());
+        directory.extend(name.as_bytes());
+        begins.push(begin);
+    }
+    let offset = file.len() as u32;
+    let entries = (members.len() as u16).to_le_bytes();
+    file.extend(&directory);
+    file.extend(0x0605_4b50_u32.to_le_bytes());
+    file.extend([0; 4]);
+    file.extend([entries, entries].concat());
+    file.extend((directory.len() as u32).to_le_bytes());
+    file.extend(offset.to_le_bytes());
+    file.extend([0; 2]);
+    (file, begins)
+}
+
+/// Opens a file so that what is read of it is just what is asked for, without readahead.
+fn open_direct(mount: &Mount<'_>, name: &str) -> File {
+    let mut options = File::options();
+    let direct = options.read(true).custom_flags(libc::O_DIRECT);
+    direct.open(mount.at(name)).unwrap()
+}
+
+fn read(file: &File, offset: u64, length: usize) -> Vec<u8> {
+    let mut buffer = vec![0; length];
+    file.read_exact_at(&mut buffer, offset).unwrap();
+    buffer
+}
+
+/// As a loader does that asks for the directory with a buffer of a page.
+fn read_directory(file: &File, size: usize) {
+    let pages = size as u64 / 4096 * 4096;
+    let from = pages.saturating_sub(8192);
+    read(file, from, size - from as usize);
+}
+
+fn fetched(lab: &Lab) -> u64 {
+    lab.s3.stats().of(Kind::Get).bytes_out
+}
+
+#[test]
+fn a_member_of_a_container_costs_about_its_own_bytes() {
+    let lab = Lab::new();
+    let members: Vec<Vec<u8>> = (0..8).map(|_| noise(6 << 20)).collect();
+    let (bytes, begins) = container(&members);
+    lab.put("model.pt", bytes.clone());
+    let mount = lab.mount();
+    let file = open_direct(&mount, "model.pt");
+    read_directory(&file, bytes.len());
+    for number in [5, 2] {
+        let before = fetched(&lab);
+        let begin = begins[number];
+        let header = read(&file, begin, 4096);
+        assert_eq!(header, bytes[begin as usize..][..4096]);
+        let name = begin + HEADER as u64 + "archive/data/0000".len() as u64;
+        for piece in 0..6 {
+            let data = read(&file, name + piece * MIB, MIB as usize);
+            assert!(data == members[number][(piece * MIB) as usize..][..MIB as usize]);
+        }
+        let cost = fetched(&lab) - before;
+        // Blocks at its ends, and the pages of headers.
+        assert!(cost <= 6 * MIB + 128 * 1024, "{cost}");
+    }
+}
+
+#[test]
+fn headers_of_a_container_are_looked_at_side_by_side_and_cost_their_pages() {
+    let lab = Lab::new();
+    let members: Vec<Vec<u8>> = (0..20).map(|_| noise(200 * 1024)).collect();
+    let (bytes, begins) = container(&members);
+    lab.put("model.pt", bytes.clone());
+    let mount = lab.mount();
+    let file = open_direct(&mount, "model.pt");
+    read_directory(&file, bytes.len());
+    let (requests, cost) = (lab.s3.stats().of(Kind::Get).requests, fetched(&lab));
+    read(&file, begins[0], 4096);
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, requests + 1);
+    read(&file, begins[1], 4096);
+    wait_until("the others to be there", || {
+        lab.s3.stats().of(Kind::Get).requests == requests + 20
+    });
+    for begin in &begins {
+        assert_eq!(read(&file, *begin, 4096), bytes[*begin as usize..][..4096]);
+    }
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, requests + 20);
+    assert!(fetched(&lab) - cost <= 20 * 8192);
+}
+
+#[test]
+fn a_tensor_of_a_gguf_file_costs_about_its_own_bytes() {
+    let lab = Lab::new();
+    let tensor = 64 * MIB;
+    let mut head = b"GGUF".to_vec();
+    head.extend(3u32.to_le_bytes());
+    head.extend([16u64.to_le_bytes(), 0u64.to_le_bytes()].concat());
+    for number in 0..16u64 {
+        let name = format!("blk.{number}.ffn_up.weight");
+        head.extend((name.len() as u64).to_le_bytes());
+        head.extend(name.as_bytes());
+        head.extend(1u32.to_le_bytes());
+        head.extend(tensor.to_le_bytes());
+        head.extend(24u32.to_le_bytes());
+        head.extend((number * tensor).to_le_bytes());
+    }
+    let start = (head.len() as u64).next_multiple_of(32);
+    let key = format!("{PREFIX}/model.gguf");
+    lab.s3
+        .put_generated(BUCKET, &key, head, start + 16 * tensor);
+    let mount = lab.mount();
+    let file = open_direct(&mount, "model.gguf");
+    read(&file, 0, 32 << 10);
+    let before = fetched(&lab);
+    for piece in 0..64 {
+        read(&file, start + 5 * tensor + piece * MIB, MIB as usize);
+    }
+    let cost = fetched(&lab) - before;
+    assert!(cost <= tensor + 128 * 1024, "{cost}");
+}
+
+#[test]
+fn who_touches_each_tensor_before_reading_the_first_is_sent_no_byte_twice() {
+    let lab = Lab::new();
+    let (count, tensor) = (24, 16 * MIB);
+    let entries: Vec<String> = (0..count)
+        .map(|index| {
+            let (from, to) = (index * tensor, (index + 1) * tensor);
+            format!("\"t{index}\":{{\"dtype\":\"U8\",\"shape\":[{tensor}],\"data_offsets\":[{from},{to}]}}")
+        })
+        .collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let mut head = (header.len() as u64).to_le_bytes().to_vec();
+    head.extend(header.as_bytes());
+    let start = head.len() as u64;
+    let size = start + count * tensor;
+    let key = format!("{PREFIX}/model.safetensors");
+    lab.s3.put_generated(BUCKET, &key, head, size);
+    let mount = lab.mount_with(&["--memory", "256MiB"]);
+    let file = open_direct(&mount, "model.safetensors");
+    read(&file, 0, 32 << 10);
+    for number in 0..count {
+        read(&file, start + number * tensor, 4096);
+    }
+    // They are more than readers may hold.
+    let mut at = 0;
+    while at < size {
+        at += read(&file, at, MIB.min(size - at) as usize).len() as u64;
+    }
+    let twice = fetched(&lab) - size;
+    // The blocks that were touched may have gone before they were read.
+    assert!(twice <= count * 64 * 1024, "{twice}");
+}
+
+#[test]
+fn buffers_of_readers_are_small_and_those_of_writers_large() {
+    let lab = Lab::new();
+    lab.put("stored", noise(5000));
+    let mount = lab.mount();
+    assert_eq!(mount.at("stored").metadata().unwrap().blksize(), 4096);
+    let written = File::create(mount.at("written")).unwrap();
+    assert_eq!(written.metadata().unwrap().blksize(), MIB);
+}
