@@ -2,6 +2,7 @@
 
 mod ask;
 mod background;
+mod cache;
 mod mount;
 mod mounts;
 mod processes;
@@ -43,6 +44,8 @@ enum Command {
     Status(status::Arguments),
     /// Show, send again or discard what is not stored
     Uploads(uploads::Arguments),
+    /// Show or empty the disk cache
+    Cache(cache::Arguments),
     /// The child of another subcommand; it may hang where that one must not
     #[command(name = ask::NAME, hide = true)]
     Ask(ask::Arguments),
@@ -87,6 +90,7 @@ pub fn main() -> ExitCode {
         Command::Wait(arguments) => wait::run(arguments),
         Command::Status(arguments) => status::run(arguments),
         Command::Uploads(arguments) => uploads::run(arguments),
+        Command::Cache(arguments) => cache::run(arguments),
         Command::Ask(arguments) => ask::run(arguments),
     };
     match outcome {

@@ -321,10 +321,17 @@ impl MountArguments {
         if size < SMALLEST_CACHE {
             bail!("--cache-size {size}: give at least 64MiB, or 0 for no disk cache");
         }
-        let named = self.cache_dir.as_deref();
-        let directory = data_folder("--cache-dir", named, "blocks")?;
+        let directory = cache_folder(self.cache_dir.as_deref())?;
         Ok(Some(DiskOptions { directory, size }))
     }
+}
+
+/// Where the disk cache is, of what `--cache-dir` names, or does not.
+///
+/// # Errors
+/// Without a name, when nothing says where the user's cache folder is.
+pub fn cache_folder(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+    data_folder("--cache-dir", named, "blocks")
 }
 
 /// The folder named by `flag`, or `default` in the user's cache folder.

@@ -33,7 +33,7 @@ use block::BlockCache;
 use disk::Disk;
 
 pub use block::Segments;
-pub use disk::{DiskOptions, DiskStatus};
+pub use disk::{CacheUsage, DiskOptions, DiskStatus, cache_usage, clear_cache};
 pub use object::ObjectReader;
 
 /// Bytes of a block. The kernel's requests are pages, not blocks: a random read fetches up to one

@@ -356,3 +356,41 @@ fn without_its_flags_there_is_no_disk_cache() {
     assert!(disk(&mount).is_null());
     assert_eq!(fs::read_dir(&off).unwrap().count(), 0);
 }
+
+#[test]
+fn the_cache_can_be_looked_at_and_emptied_while_it_is_in_use() {
+    let lab = Lab::new();
+    let data = noise(8 << 20);
+    lab.put("f", data.clone());
+    lab.put("g", data.clone());
+    let folder = lab.empty_folder();
+    let mlfs = |arguments: &[&str]| {
+        let mut command = lab.program();
+        let command = command.arg("cache").args(arguments);
+        command.arg("--cache-dir").arg(&folder).output().unwrap()
+    };
+    // Nothing has been cached there.
+    let missing = mlfs(&["info"]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(harness::text(&missing).contains("--cache-dir"));
+    let mount = cached(&lab, &folder, &["--metadata-ttl", "forever"]);
+    assert!(fs::read(mount.at("f")).unwrap() == data);
+    assert!(fs::read(mount.at("g")).unwrap() == data);
+    settle(&mount);
+    let info = mlfs(&["info", "--json"]);
+    let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+    assert_eq!(info["versions"], 2);
+    assert!(info["bytes"].as_u64().unwrap() >= 2 * data.len() as u64);
+    let cleared = mlfs(&["clear"]);
+    assert!(cleared.status.success());
+    assert!(String::from_utf8_lossy(&cleared.stdout).contains("2 versions"));
+    assert!(usage(&folder) < MIB);
+    // It goes on, and caches again.
+    assert!(fs::read(mount.at("f")).unwrap() == data);
+    drop(mount);
+    let again = cached(&lab, &folder, &[]);
+    assert!(fs::read(again.at("g")).unwrap() == data);
+    settle(&again);
+    let info = String::from_utf8(mlfs(&["info"]).stdout).unwrap();
+    assert!(info.contains("versions of files"), "{info}");
+}

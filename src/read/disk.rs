@@ -38,8 +38,10 @@ use super::Source;
 use super::block::Block;
 use identity::Identity;
 use queue::{Batch, Queue};
+use space::Space;
 use version::{RUN, Version};
 
+pub use space::CacheUsage;
 pub(super) use version::Found;
 
 /// The layout's version; another one's folder is left alone.
@@ -74,6 +76,29 @@ pub struct DiskStatus {
     pub bytes_written: u64,
     /// Fetched and not cached: the queue or the cache had no room.
     pub bytes_skipped: u64,
+}
+
+/// What the cache in `directory` holds, of all mounts that use it.
+///
+/// # Errors
+/// The disk's; `NotFound` when there is no cache.
+pub fn cache_usage(directory: &Path) -> io::Result<CacheUsage> {
+    existing(directory)?.usage()
+}
+
+/// Empties the cache in `directory`, and tells what it held. Mounts that use it go on, and fetch
+/// anew. `None` while another process deletes from it.
+///
+/// # Errors
+/// The disk's; `NotFound` when there is no cache.
+pub fn clear_cache(directory: &Path) -> io::Result<Option<CacheUsage>> {
+    existing(directory)?.clear()
+}
+
+fn existing(directory: &Path) -> io::Result<Space> {
+    let root = directory.join(LAYOUT);
+    root.symlink_metadata()?;
+    Ok(Space::new(&root, u64::MAX))
 }
 
 /// The disk cache of one mount.

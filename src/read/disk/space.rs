@@ -4,7 +4,9 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
 
 use super::version::{GONE, NEW, make_folder, remove, usage};
 
@@ -25,6 +27,17 @@ const ABANDONED: Duration = Duration::from_secs(3600);
 /// Locked by whoever deletes. Not named as the spill's, which takes folders with a `lock` for its
 /// own, should both be told the same folder.
 const LOCK: &str = "eviction";
+
+/// What a cache folder holds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct CacheUsage {
+    /// Versions of objects, each whole or in part.
+    pub versions: usize,
+    /// Bytes of disk.
+    pub bytes: u64,
+    /// When the version that was used longest ago was used, seconds since 1970.
+    pub oldest_use: Option<u64>,
+}
 
 /// A version on disk.
 #[derive(Debug)]
@@ -91,6 +104,23 @@ impl Space {
         Ok(fits)
     }
 
+    /// What is there.
+    pub fn usage(&self) -> io::Result<CacheUsage> {
+        Ok(CacheUsage::of(&self.look()?))
+    }
+
+    /// Deletes every version, and tells what that was; `None` while another process deletes.
+    pub fn clear(&self) -> io::Result<Option<CacheUsage>> {
+        let Some(_lock) = self.lock()? else {
+            return Ok(None);
+        };
+        let kept = self.look()?;
+        for version in &kept {
+            remove(&self.root, &version.name)?;
+        }
+        Ok(Some(CacheUsage::of(&kept)))
+    }
+
     /// Looks at what there is, and deletes the least recently used versions while it is too much.
     fn evict(&mut self, bytes: u64, name: &str, gone: &mut Vec<String>) -> io::Result<()> {
         let mut kept = self.look()?;
@@ -148,6 +178,18 @@ impl Space {
             Ok(()) => Ok(Some(lock)),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+impl CacheUsage {
+    fn of(kept: &[Kept]) -> Self {
+        let oldest = kept.iter().map(|version| version.used).min();
+        let since = |used: SystemTime| used.duration_since(UNIX_EPOCH).ok();
+        Self {
+            versions: kept.len(),
+            bytes: kept.iter().map(|version| version.bytes).sum(),
+            oldest_use: oldest.and_then(since).map(|since| since.as_secs()),
         }
     }
 }
