@@ -8,7 +8,8 @@ import time
 
 from peers import MEMORY_DISK, run_s5cmd, run_sdk
 from row import Outcome, Row
-from server import BUCKET, MIB, PREFIX, tensor_head
+from server import BUCKET, FIRST, MANY_SMALL, MIB, PREFIX, SMALL_SIZE, tensor_head
+from writes import in_threads
 
 READS = 128
 
@@ -91,6 +92,82 @@ class RandomReads(Row):
         told, cpu = run_sdk(server, ["random", "--key", f"{PREFIX}/huge", "--size", 8192,
                                      "--in-flight", 1, "--reads", READS], READS * MIB)
         return Outcome(told["p50_ms"], READS * MIB), cpu
+
+
+class RandomThreads(Row):
+    THREADS, EACH, LENGTH = 8, 30, 4 * MIB
+    unit = "MiB/s, 8 threads, each 30 reads of 4 MiB at random in 8 GiB (fetched/asked)"
+
+    def mount(self, mount, server, size):
+        server.reset()
+        generator = random.Random(3)
+        reads = self.THREADS * self.EACH
+        offsets = [generator.randrange(0, (8 << 30) - self.LENGTH) for _ in range(reads)]
+        started = time.monotonic()
+        with open(mount.path / "huge", "rb", buffering=0) as file:
+            in_threads(self.THREADS, offsets,
+                       lambda offset: os.pread(file.fileno(), self.LENGTH, offset))
+        seconds = time.monotonic() - started
+        moved = reads * self.LENGTH
+        return Outcome(moved / MIB / seconds, moved, f"{server.fetched() / moved:.2f} x")
+
+    def sdk(self, server, size, signed=False):
+        moved = self.THREADS * self.EACH * self.LENGTH
+        told, cpu = run_sdk(server, ["random", "--key", f"{PREFIX}/huge", "--size", 8192,
+                                     "--range", self.LENGTH // MIB, "--in-flight", self.THREADS,
+                                     "--reads", self.THREADS * self.EACH], moved)
+        return Outcome(told["mib_per_second"], moved), cpu
+
+
+class FirstByte(Row):
+    unit = f"ms, p50 of {FIRST} files opened and their first byte read, once they were listed"
+    higher_is_better = False
+
+    def mount(self, mount, server, size):
+        latencies = []
+        for entry in sorted(os.scandir(mount.path / "first"), key=lambda entry: entry.name):
+            started = time.monotonic()
+            with open(entry.path, "rb", buffering=0) as file:
+                file.read(1)
+            latencies.append(time.monotonic() - started)
+        assert len(latencies) == FIRST
+        return Outcome(statistics.median(latencies) * 1000)
+
+
+class SmallReads(Row):
+    unit = f"s, {MANY_SMALL} files of {SMALL_SIZE // 1024} KiB read by 8 threads"
+    higher_is_better = False
+
+    def mount(self, mount, server, size):
+        names = [mount.path / f"small/f{index:04}" for index in range(MANY_SMALL)]
+        started = time.monotonic()
+        in_threads(8, names, lambda name: read_through(name, MIB))
+        return Outcome(time.monotonic() - started, MANY_SMALL * SMALL_SIZE)
+
+    def sdk(self, server, size, signed=False):
+        moved = MANY_SMALL * SMALL_SIZE
+        told, cpu = run_sdk(server, ["objects", "--key", f"{PREFIX}/small/f", "--in-flight", 8,
+                                     "--files", MANY_SMALL, "--size", SMALL_SIZE // 1024], moved)
+        return Outcome(told["seconds"], moved), cpu
+
+
+class LoadFile(Row):
+    unit = "MiB/s, safetensors' load_file of 2 GiB in 32 tensors"
+
+    def mount(self, mount, server, size):
+        from safetensors.numpy import load_file
+
+        started = time.monotonic()
+        tensors = load_file(mount.path / "load.safetensors")
+        seconds = time.monotonic() - started
+        moved = sum(tensor.nbytes for tensor in tensors.values())
+        assert moved == 2 << 30
+        return Outcome(moved / MIB / seconds, moved)
+
+    def sdk(self, server, size, signed=False):
+        told, cpu = run_sdk(server, ["get", "--key", f"{PREFIX}/load.safetensors",
+                                     "--size", 2048], 2 << 30)
+        return Outcome(told["mib_per_second"], 2 << 30), cpu
 
 
 class Tensor(Row):

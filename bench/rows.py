@@ -1,7 +1,8 @@
 """All rows, by name."""
 
 from promises import Bounds, Verified
-from reads import List, RandomReads, Read, SecondRead, Tensor, Touch
+from reads import (FirstByte, List, LoadFile, RandomReads, RandomThreads, Read, SecondRead,
+                   SmallReads, Tensor, Touch)
 from server import MIB
 from writes import Append, Checkpoint, Overwrite, Safetensors, Small, TorchSave, Write
 
@@ -21,6 +22,10 @@ ROWS = {
     "mmap": Touch(),
     "random": RandomReads(),
     "tensor": Tensor(),
+    "random8": RandomThreads(),
+    "first": FirstByte(),
+    "smallreads": SmallReads(),
+    "loadfile": LoadFile(),
     "list": List(),
     "verify": Verified(),
     "bounds-write": Bounds(True),

@@ -98,11 +98,22 @@ def tensor_head(tensors=64, size=64 * MIB):
     return len(header).to_bytes(8, "little") + header
 
 
+# Files whose first byte is read, and small ones that are read whole: how many, and bytes each.
+FIRST = 64
+MANY_SMALL, SMALL_SIZE = 1000, 100 * 1024
+
+
 def prepare(server, size):
     """The objects that the rows read."""
     server.generate("big", size)
     server.generate("huge", 8 << 30)
     head = tensor_head()
     server.generate("m.safetensors", len(head) + 64 * 64 * MIB, head)
+    head = tensor_head(32)
+    server.generate("load.safetensors", len(head) + 32 * 64 * MIB, head)
+    for index in range(FIRST):
+        server.generate(f"first/f{index:02}", 1 << 30)
+    for index in range(MANY_SMALL):
+        server.generate(f"small/f{index:04}", SMALL_SIZE)
     for index in range(10_000):
         server.generate(f"many/f{index:05}", 1)

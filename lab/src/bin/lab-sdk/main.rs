@@ -108,6 +108,16 @@ enum Command {
         #[arg(long, default_value_t = 16)]
         part: u64,
     },
+    /// Whole objects, each by one GET: KEY with four digits behind it
+    Objects {
+        #[command(flatten)]
+        object: Object,
+        #[arg(long)]
+        files: u64,
+        /// KiB each
+        #[arg(long)]
+        size: u64,
+    },
     /// Ranged GETs at random places
     Random {
         #[command(flatten)]
@@ -164,6 +174,11 @@ async fn main() -> anyhow::Result<()> {
             offset,
             part,
         } => write::overwrite(&object, size * MIB, offset, part * MIB).await?,
+        Command::Objects {
+            object,
+            files,
+            size,
+        } => read::objects(&object, files, size * 1024).await?,
         Command::Random {
             object,
             size,

@@ -41,6 +41,37 @@ pub async fn get(
     Ok((bytes, latencies))
 }
 
+/// Gets `files` objects of `size` bytes, each whole.
+pub async fn objects(
+    object: &Object,
+    files: u64,
+    size: u64,
+) -> anyhow::Result<(u64, Vec<Duration>)> {
+    let client = Arc::new(client(object));
+    let latencies = stream::iter(0..files)
+        .map(|number| {
+            let client = Arc::clone(&client);
+            let bucket = object.bucket.clone();
+            let key = format!("{}{number:04}", object.key);
+            async move {
+                let started = Instant::now();
+                let mut body = client
+                    .get_object()
+                    .bucket(bucket)
+                    .key(key)
+                    .send()
+                    .await?
+                    .body;
+                while body.try_next().await?.is_some() {}
+                anyhow::Ok(started.elapsed())
+            }
+        })
+        .buffer_unordered(object.in_flight)
+        .try_collect()
+        .await?;
+    Ok((files * size, latencies))
+}
+
 async fn fetch(client: &Client, object: &Object, from: u64, to: u64) -> anyhow::Result<Bytes> {
     let answer = client
         .get_object()
