@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-use harness::{BUCKET, Lab, PREFIX, errno, noise};
+use harness::{BUCKET, Lab, PREFIX, errno, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
 
 const MIB: u64 = 1 << 20;
@@ -100,6 +100,36 @@ fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
     }
     let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
     assert!(fetched <= tensor * 102 / 100 + MIB, "{fetched}");
+}
+
+#[test]
+fn random_reads_that_are_all_alike_are_fetched_whole_at_their_first_touch() {
+    let lab = Lab::new();
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    let mount = lab.mount();
+    // In pieces, as the kernel asks for a read of 1 MiB.
+    let mut options = File::options();
+    let direct = options.read(true).custom_flags(libc::O_DIRECT);
+    let file = direct.open(mount.at("big")).unwrap();
+    let mut piece = vec![0; 128 * 1024];
+    let mut read = |place: u64, pieces: std::ops::Range<u64>| {
+        for index in pieces {
+            let at = place * 100 * MIB + index * 128 * 1024;
+            file.read_exact_at(&mut piece, at).unwrap();
+        }
+    };
+    for place in 0..24 {
+        read(place, 0..8);
+    }
+    let before = lab.s3.stats().of(Kind::Get);
+    read(50, 0..1);
+    wait_until("the rest to be fetched", || {
+        lab.s3.stats().of(Kind::Get).bytes_out == before.bytes_out + MIB
+    });
+    let fetched = lab.s3.stats().of(Kind::Get).requests;
+    read(50, 1..8);
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, fetched);
 }
 
 #[test]

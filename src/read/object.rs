@@ -341,7 +341,7 @@ impl ObjectReader {
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);
-            if to - from < request && to != bound && to < self.size {
+            if to - from < request && !ahead.whole && to != bound && to < self.size {
                 break;
             }
             if !self.prefetch(&mut state, from..to, most) {

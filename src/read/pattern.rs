@@ -7,6 +7,7 @@
 //! fetches what was asked and nothing more. Later the window follows what the stream has
 //! consumed, until it fills the wire.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Streams watched per object; the one touched longest ago gives way.
@@ -30,6 +31,10 @@ const EAGER: u64 = 4;
 /// The kernel reads around a page of a mapping that is touched, or ahead of it, this far at most,
 /// bytes: a stream that consumed no more of the tensor before begins where it goes on.
 const AROUND: u64 = 256 << 10;
+/// So many streams that ended alike say how the next ones will end.
+const ALIKE: usize = 4;
+/// Streams that were longer than this, bytes, say nothing: who reads that much is met on the way.
+const LONGEST_ALIKE: u64 = 8 << 20;
 
 #[derive(Clone, Debug)]
 struct Stream {
@@ -47,6 +52,8 @@ struct Stream {
     bound: u64,
     /// Bytes read beyond the bound.
     beyond: u64,
+    /// Where those before say that it will end, until it has gone past that.
+    expected: Option<u64>,
     /// Everything before this has been let go of.
     kept: u64,
     touched: u64,
@@ -77,12 +84,16 @@ pub(super) struct Ahead {
     pub behind: Range<u64>,
     /// The read begins a stream, or goes on where one hardly touched the tensor before.
     pub first: bool,
+    /// All of the range is wanted, however small its rest.
+    pub whole: bool,
 }
 
 /// The streams of one object.
 #[derive(Debug, Default)]
 pub(super) struct Pattern {
     streams: Vec<Stream>,
+    /// Bytes that the streams that gave way last had read, the last one at the end.
+    ended: VecDeque<u64>,
     clock: u64,
 }
 
@@ -97,12 +108,16 @@ impl Pattern {
             read.start + SLACK_BEHIND >= stream.front && read.start <= stream.front + SLACK_AHEAD
         });
         let Some(stream) = found else {
-            self.begin(&read, clock, bound, size);
+            let expected = self.typical().map(|length| read.start + length);
+            let until = expected.map_or(read.end, |until| until.min(bound).min(size));
+            let range = read.end..until.max(read.end);
+            self.begin(&read, clock, bound, size, expected);
             return Ahead {
-                range: read.end..read.end,
-                window: 0,
+                window: range.end - range.start,
+                range,
                 behind: read.start..read.start,
                 first: true,
+                whole: true,
             };
         };
         let length = read.end - read.start;
@@ -122,7 +137,12 @@ impl Pattern {
         }
         stream.window = stream.window.max(stream.deserved()).min(maximum);
         let from = stream.asked.max(stream.front);
-        let to = stream.front.saturating_add(stream.window).min(stream.bound);
+        stream.expected = stream.expected.filter(|until| stream.front < *until);
+        let until = stream.front.saturating_add(stream.window).min(stream.bound);
+        // Not all of that may have been possible when it began.
+        let to = stream
+            .expected
+            .map_or(until, |expected| expected.min(stream.bound));
         let mut behind = stream.kept..stream.kept;
         if stream.consumed > CAUTIOUS {
             behind.end = behind.end.max(stream.front.saturating_sub(KEPT_BEHIND));
@@ -133,7 +153,15 @@ impl Pattern {
             window: stream.window,
             behind,
             first,
+            whole: stream.expected.is_some(),
         }
+    }
+
+    /// How long streams are here, bytes, if the last ones were all alike.
+    fn typical(&self) -> Option<u64> {
+        let (least, most) = (self.ended.iter().min()?, self.ended.iter().max()?);
+        let alike = self.ended.len() == ALIKE && *most <= least + least / 2;
+        (alike && *most <= LONGEST_ALIKE).then_some(*most)
     }
 
     /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for.
@@ -146,7 +174,14 @@ impl Pattern {
         }
     }
 
-    fn begin(&mut self, read: &Range<u64>, clock: u64, bound: u64, size: u64) {
+    fn begin(
+        &mut self,
+        read: &Range<u64>,
+        clock: u64,
+        bound: u64,
+        size: u64,
+        expected: Option<u64>,
+    ) {
         let stream = Stream {
             eager: read.start == 0 || bound < size,
             front: read.end,
@@ -155,6 +190,7 @@ impl Pattern {
             asked: read.end,
             bound: bound.max(read.end),
             beyond: 0,
+            expected,
             kept: read.start,
             touched: clock,
         };
@@ -163,7 +199,11 @@ impl Pattern {
             return;
         }
         if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.touched) {
-            *oldest = stream;
+            let gone = std::mem::replace(oldest, stream);
+            if self.ended.len() == ALIKE {
+                self.ended.pop_front();
+            }
+            self.ended.push_back(gone.consumed);
         }
     }
 }
@@ -231,6 +271,38 @@ mod tests {
         }
         let ahead = pattern.note(36 * MIB..37 * MIB, 64 * MIB, 40 * MIB, END);
         assert!(ahead.range.end > 40 * MIB);
+    }
+
+    /// Reads `pieces` of 256 KiB at a place of its own; what the first one says.
+    fn random_read(pattern: &mut Pattern, place: u64, pieces: u64) -> Ahead {
+        let at = place * 1000 * MIB;
+        let piece = MIB / 4;
+        let first = pattern.note(at..at + piece, 64 * MIB, END, END);
+        pattern.asked(at, first.range.end);
+        for index in 1..pieces {
+            let read = at + index * piece..at + (index + 1) * piece;
+            let ahead = pattern.note(read, 64 * MIB, END, END).range;
+            assert!(ahead.is_empty(), "{ahead:?}");
+        }
+        first
+    }
+
+    #[test]
+    fn random_reads_of_one_length_are_fetched_whole_once_there_were_enough() {
+        let mut pattern = Pattern::default();
+        let before = STREAMS + ALIKE;
+        for place in 0..before as u64 {
+            assert!(random_read(&mut pattern, place, 6).range.is_empty());
+        }
+        let ahead = random_read(&mut pattern, 100, 6);
+        let at = 100 * 1000 * MIB;
+        assert_eq!(ahead.range, at + MIB / 4..at + 6 * MIB / 4);
+        assert!(ahead.whole);
+        // Others have come: nothing is sure any more.
+        for place in 0..before as u64 {
+            random_read(&mut pattern, 200 + place, place % 5 + 1);
+        }
+        assert!(random_read(&mut pattern, 300, 1).range.is_empty());
     }
 
     #[test]
