@@ -58,7 +58,8 @@ struct State {
 
 /// What a prefetch needs.
 struct Prefetch {
-    permit: OwnedSemaphorePermit,
+    /// None where somebody waits for its first bytes.
+    permit: Option<OwnedSemaphorePermit>,
     reservation: Reservation,
     unread: Unread,
 }
@@ -264,7 +265,7 @@ impl ObjectReader {
             let bytes = this.bytes_of(&fetch.blocks);
             let (permit, reservation, unread, asked) = match prefetch {
                 Some(prefetch) => (
-                    Some(prefetch.permit),
+                    prefetch.permit,
                     prefetch.reservation,
                     Some(prefetch.unread),
                     &reader.metrics.bytes_prefetched,
@@ -274,7 +275,7 @@ impl ObjectReader {
                     (None, reservation, None, &reader.metrics.bytes_demanded)
                 }
             };
-            tracing::trace!(blocks = ?fetch.blocks, ahead = permit.is_some(), "fetch");
+            tracing::trace!(blocks = ?fetch.blocks, ahead = unread.is_some(), "fetch");
             let outcome = fetch
                 .run(reader, &source, this.content, reservation, unread, asked)
                 .await;
@@ -320,7 +321,7 @@ impl ObjectReader {
             if state.begun == Some(extent.start) {
                 // One after the other: where the next one begins is touched next.
                 let around = extent.end - EDGE.min(extent.end)..self.size.min(extent.end + EDGE);
-                self.prefetch(&mut state, around, most);
+                self.prefetch(&mut state, around, most, false);
             }
             state.begun = Some(extent.end);
             // Whoever begins a tensor reads it to its end: all of it at once.
@@ -344,7 +345,7 @@ impl ObjectReader {
             if to - from < request && !ahead.whole && to != bound && to < self.size {
                 break;
             }
-            if !self.prefetch(&mut state, from..to, most) {
+            if !self.prefetch(&mut state, from..to, most, ahead.whole) {
                 break;
             }
             from = to;
@@ -366,7 +367,15 @@ impl ObjectReader {
 
     /// Fetches `bytes` ahead, unless there would be more than `most` bytes that nobody has read, or
     /// no request or memory is left; tells whether it does.
-    fn prefetch(self: &Arc<Self>, state: &mut State, bytes: Range<u64>, most: u64) -> bool {
+    ///
+    /// What is `demanded` goes on a read that somebody waits for, and needs no free request.
+    fn prefetch(
+        self: &Arc<Self>,
+        state: &mut State,
+        bytes: Range<u64>,
+        most: u64,
+        demanded: bool,
+    ) -> bool {
         let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
         for gap in self.gaps(state, blocks, None) {
             let length = self.bytes_of(&gap);
@@ -375,9 +384,10 @@ impl ObjectReader {
             if unread + length > most {
                 return false;
             }
-            let Ok(permit) = Arc::clone(&self.reader.prefetches).try_acquire_owned() else {
+            let permit = Arc::clone(&self.reader.prefetches).try_acquire_owned().ok();
+            if permit.is_none() && !demanded {
                 return false;
-            };
+            }
             let Some(reservation) = self.reader.budget.try_reserve(Class::Read, length) else {
                 return false;
             };

@@ -31,8 +31,10 @@ const EAGER: u64 = 4;
 /// The kernel reads around a page of a mapping that is touched, or ahead of it, this far at most,
 /// bytes: a stream that consumed no more of the tensor before begins where it goes on.
 const AROUND: u64 = 256 << 10;
-/// So many streams that ended alike say how the next ones will end.
-const ALIKE: usize = 4;
+/// Of so many streams that gave way, most must have been about as long for the next one to be
+/// expected to be, too. Not all: two that meet are one for a while.
+const ENDED: usize = 8;
+const ALIKE: usize = 6;
 /// Streams that were longer than this, bytes, say nothing: who reads that much is met on the way.
 const LONGEST_ALIKE: u64 = 8 << 20;
 
@@ -159,9 +161,12 @@ impl Pattern {
 
     /// How long streams are here, bytes, if the last ones were all alike.
     fn typical(&self) -> Option<u64> {
-        let (least, most) = (self.ended.iter().min()?, self.ended.iter().max()?);
-        let alike = self.ended.len() == ALIKE && *most <= least + least / 2;
-        (alike && *most <= LONGEST_ALIKE).then_some(*most)
+        let mut lengths: Vec<u64> = self.ended.iter().copied().collect();
+        lengths.sort_unstable();
+        let median = *lengths.get(ENDED / 2)?;
+        lengths.retain(|length| length.abs_diff(median) <= median / 4);
+        let longest = *lengths.last()?;
+        (lengths.len() >= ALIKE && longest <= LONGEST_ALIKE).then_some(longest)
     }
 
     /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for.
@@ -200,7 +205,7 @@ impl Pattern {
         }
         if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.touched) {
             let gone = std::mem::replace(oldest, stream);
-            if self.ended.len() == ALIKE {
+            if self.ended.len() == ENDED {
                 self.ended.pop_front();
             }
             self.ended.push_back(gone.consumed);
@@ -300,7 +305,7 @@ mod tests {
         assert!(ahead.whole);
         // Others have come: nothing is sure any more.
         for place in 0..before as u64 {
-            random_read(&mut pattern, 200 + place, place % 5 + 1);
+            random_read(&mut pattern, 200 + place, place % 6 + 1);
         }
         assert!(random_read(&mut pattern, 300, 1).range.is_empty());
     }
