@@ -31,6 +31,7 @@ use crate::budget::{Budget, Class};
 use crate::store::{ETag, Store};
 use block::BlockCache;
 use disk::Disk;
+use look::Looks;
 
 pub use block::Segments;
 pub use disk::{CacheUsage, DiskOptions, DiskStatus, cache_usage, clear_cache};
@@ -105,6 +106,7 @@ pub struct ReadMetrics {
 pub struct Reader {
     budget: Arc<Budget>,
     cache: Arc<BlockCache>,
+    looks: Looks,
     disk: Option<Arc<Disk>>,
     prefetches: Arc<Semaphore>,
     /// Bytes fetched ahead, or being fetched, that nobody has read yet.
@@ -127,6 +129,7 @@ impl Reader {
         Arc::new(Self {
             budget,
             cache,
+            looks: Looks::new(),
             disk,
             prefetches: Arc::new(Semaphore::new(options.transfers)),
             unread: Arc::default(),

@@ -5,19 +5,20 @@
 //! that a reader with a small buffer asks the kernel for. They are kept apart from the blocks, of
 //! which a page is a small part.
 
-use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::TryStreamExt;
+use lru::LruCache;
+use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 use super::fetch::object_name;
 use super::plan::Extents;
 use super::{Reader, Source};
-use crate::budget::{Class, Reservation};
 use crate::store::{StoreError, StoreResult};
 
 const PAGE: u64 = 4096;
@@ -25,25 +26,16 @@ const PAGE: u64 = 4096;
 const LENGTH: u64 = 2 * PAGE;
 /// Looks fetched ahead.
 const AHEAD: usize = 64;
-/// Most kept of one object; then all of them are forgotten.
-const MOST: usize = 4096;
+/// Most kept, of all objects: 4 MiB. The kernel has the pages that were asked for.
+const MOST: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 
-/// The first pages of one member.
+/// The first pages of one member, once they are there.
+type Cell = Arc<OnceCell<Bytes>>;
+
+/// The headers that were looked at last, of all objects, by content and where they begin, in bytes.
 #[derive(Debug)]
-struct Look {
-    bytes: Bytes,
-    _reservation: Reservation,
-}
-
-type Cell = Arc<OnceCell<Look>>;
-
-/// What was looked at of one version of an object.
-#[derive(Debug, Default)]
 pub(super) struct Looks {
-    /// By where they begin, in bytes.
-    cells: HashMap<u64, Cell>,
-    /// How many were asked for, by readers.
-    asked: u64,
+    cells: Mutex<LruCache<(u64, u64), Cell>>,
 }
 
 /// A look that somebody waits for, and those that will come after it.
@@ -54,49 +46,46 @@ pub(super) struct Looking {
 }
 
 impl Looks {
-    /// How to serve `read`, which ends in the header of `extent`; `None` where it is more than a
-    /// look.
+    pub fn new() -> Self {
+        Self {
+            cells: Mutex::new(LruCache::new(MOST)),
+        }
+    }
+
+    /// How to serve `read` of an object of `size` bytes, which ends in the header of `extent`;
+    /// `None` where it is more than a look. `asked` counts those of this object that were not there.
     pub fn plan(
-        &mut self,
+        &self,
+        content: u64,
         read: &Range<u64>,
         extent: &Range<u64>,
         extents: &Extents,
         size: u64,
+        asked: &mut u64,
     ) -> Option<Looking> {
         let own = pages(extent.start, size);
         if read.start < own.start || read.end > own.end {
             return None;
         }
-        if self.cells.len() > MOST {
-            self.cells.clear();
-        }
-        let cell = self.cell(own.start);
-        if !cell.initialized() {
-            self.asked += 1;
-        }
+        let mut cells = self.cells.lock();
+        let mut cell = |start| Arc::clone(cells.get_or_insert_mut((content, start), Cell::default));
+        let own = (own.clone(), cell(own.start));
         let mut ahead = Vec::new();
-        if self.asked > 1 && !cell.initialized() {
-            for extent in extents.after(extent.start).take(AHEAD) {
+        if !own.1.initialized() {
+            *asked += 1;
+            let next = extents.after(extent.start).take(AHEAD);
+            let next = next.filter(|_| *asked > 1);
+            ahead.extend(next.map(|extent| {
                 let pages = pages(extent.start, size);
-                if pages.start != own.start && !self.cells.contains_key(&pages.start) {
-                    ahead.push((pages.clone(), self.cell(pages.start)));
-                }
-            }
+                (pages.clone(), cell(pages.start))
+            }));
         }
-        Some(Looking {
-            own: (own, cell),
-            ahead,
-        })
-    }
-
-    fn cell(&mut self, start: u64) -> Cell {
-        Arc::clone(self.cells.entry(start).or_default())
+        Some(Looking { own, ahead })
     }
 }
 
 impl Looking {
-    /// The bytes of `read`; what is ahead is fetched in the background, as far as requests and
-    /// memory allow.
+    /// The bytes of `read`; what is ahead is fetched in the background, as far as requests are free.
     ///
     /// # Errors
     /// As for any read.
@@ -106,7 +95,8 @@ impl Looking {
         source: &Source,
         read: Range<u64>,
     ) -> StoreResult<Bytes> {
-        for (range, cell) in self.ahead {
+        let ahead = self.ahead.into_iter();
+        for (range, cell) in ahead.filter(|(_, cell)| !cell.initialized()) {
             let Ok(permit) = Arc::clone(&reader.prefetches).try_acquire_owned() else {
                 break;
             };
@@ -114,7 +104,7 @@ impl Looking {
             let runtime = reader.runtime.clone();
             runtime.spawn(async move {
                 let asked = &reader.metrics.bytes_prefetched;
-                let looked = cell.get_or_try_init(|| look(&reader, &source, &range, asked));
+                let looked = cell.get_or_try_init(|| look(&source, &range, asked));
                 if let Err(error) = looked.await {
                     tracing::debug!(object = object_name(&source), %error, "not looked ahead");
                 }
@@ -123,11 +113,9 @@ impl Looking {
         }
         let (own, cell) = self.own;
         let asked = &reader.metrics.bytes_demanded;
-        let look = cell
-            .get_or_try_init(|| look(reader, source, &own, asked))
-            .await?;
+        let bytes = cell.get_or_try_init(|| look(source, &own, asked)).await?;
         let from = (read.start - own.start) as usize;
-        Ok(look.bytes.slice(from..(read.end - own.start) as usize))
+        Ok(bytes.slice(from..(read.end - own.start) as usize))
     }
 }
 
@@ -137,14 +125,8 @@ fn pages(start: u64, size: u64) -> Range<u64> {
     start..(start + LENGTH).min(size)
 }
 
-async fn look(
-    reader: &Reader,
-    source: &Source,
-    range: &Range<u64>,
-    asked: &AtomicU64,
-) -> StoreResult<Look> {
+async fn look(source: &Source, range: &Range<u64>, asked: &AtomicU64) -> StoreResult<Bytes> {
     let length = range.end - range.start;
-    let reservation = reader.budget.reserve(Class::Read, length).await;
     asked.fetch_add(length, Ordering::Relaxed);
     let body = source
         .store
@@ -166,8 +148,5 @@ async fn look(
             detail: "the answer is not as long as the range asked for".to_owned(),
         });
     }
-    Ok(Look {
-        bytes: bytes.freeze(),
-        _reservation: reservation,
-    })
+    Ok(bytes.freeze())
 }

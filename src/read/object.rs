@@ -10,7 +10,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::block::{Block, Segments, Unread};
 use super::fetch::{Fetch, object_name};
-use super::look::{Looking, Looks};
+use super::look::Looking;
 use super::pattern::Pattern;
 use super::plan::{Extents, Format, Plan};
 use super::{BLOCK_SIZE, Reader, Source};
@@ -51,7 +51,8 @@ struct State {
     /// Fetches on their way, by first block; they never overlap.
     fetches: BTreeMap<u64, Arc<Fetch>>,
     layout: Layout,
-    looks: Looks,
+    /// Headers that readers waited for.
+    looks: u64,
     /// Where the tensor ends that somebody began last.
     begun: Option<u64>,
 }
@@ -88,7 +89,7 @@ impl ObjectReader {
                 pattern: Pattern::default(),
                 fetches: BTreeMap::new(),
                 layout,
-                looks: Looks::default(),
+                looks: 0,
                 begun: None,
             }),
         })
@@ -164,7 +165,8 @@ impl ObjectReader {
         if !format.looks(&read, &extent) {
             return None;
         }
-        let looking = looks.plan(&read, &extent, extents, self.size)?;
+        let kept = &self.reader.looks;
+        let looking = kept.plan(self.content, &read, &extent, extents, self.size, looks)?;
         Some((looking, state.source.clone()))
     }
 
