@@ -4,6 +4,7 @@ mod harness;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::thread::JoinHandle;
 
 use harness::{Lab, Mount, close, kill, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
@@ -21,6 +22,16 @@ fn write_and_rename(mount: &Mount<'_>, data: &[u8]) -> File {
     file.write_all(data).unwrap();
     fs::rename(mount.at(TEMPORARY), mount.at(LAST)).unwrap();
     file
+}
+
+/// Closes the file in a thread of its own, and returns when it is being copied, which waits.
+fn close_until_it_copies(lab: &Lab, file: File) -> JoinHandle<i32> {
+    lab.s3.hold(Kind::CopyPart);
+    let closing = std::thread::spawn(move || close(file));
+    wait_until("it to be copied", || {
+        lab.s3.stats().of(Kind::CopyPart).requests > 0
+    });
+    closing
 }
 
 fn sent(lab: &Lab) -> u64 {
@@ -52,11 +63,7 @@ fn what_came_under_the_former_name_meanwhile_is_not_removed() {
     let mount = lab.mount_with(LITTLE_MEMORY);
     let data = noise(30 * PART + 1234);
     let file = write_and_rename(&mount, &data);
-    lab.s3.hold(Kind::CopyPart);
-    let closing = std::thread::spawn(move || close(file));
-    wait_until("it to copy", || {
-        lab.s3.stats().of(Kind::CopyPart).requests > 0
-    });
+    let closing = close_until_it_copies(&lab, file);
     // It looks at what is there before it removes it.
     lab.s3.hold(Kind::Head);
     let looked = lab.s3.stats().of(Kind::Head).requests;
@@ -114,11 +121,7 @@ fn a_file_whose_former_name_is_taken_while_it_is_copied_is_sent_again() {
     file.write_all(&data).unwrap();
     wait_until("all parts to be sent", || sent(&lab) == data.len() as u64);
     fs::rename(mount.at("former"), mount.at(LAST)).unwrap();
-    lab.s3.hold(Kind::CopyPart);
-    let closing = std::thread::spawn(move || close(file));
-    wait_until("it to copy", || {
-        lab.s3.stats().of(Kind::CopyPart).requests > 0
-    });
+    let closing = close_until_it_copies(&lab, file);
     assert!(fs::read(mount.at(LAST)).unwrap() == data);
     lab.put("former", b"another's".to_vec());
     lab.s3.release(Kind::CopyPart);
@@ -135,17 +138,13 @@ fn who_takes_the_former_name_through_the_mount_waits_until_it_is_copied() {
     let mount = lab.mount_with(LITTLE_MEMORY);
     let data = noise(30 * PART + 1234);
     let file = write_and_rename(&mount, &data);
-    lab.s3.hold(Kind::CopyPart);
-    let closing = std::thread::spawn(move || close(file));
-    wait_until("it to copy", || {
-        lab.s3.stats().of(Kind::CopyPart).requests > 0
-    });
+    let closing = close_until_it_copies(&lab, file);
     let mut other = File::create(mount.at(TEMPORARY)).unwrap();
     other.write_all(b"another's").unwrap();
-    let released = lab.s3.stats().of(Kind::Put).requests;
+    let before = lab.s3.stats().of(Kind::Put).requests;
     let other = std::thread::spawn(move || close(other));
     wait_until("the other to be closed", || {
-        lab.journals_of_closed_files() == 2 || lab.s3.stats().of(Kind::Put).requests > released
+        lab.journals_of_closed_files() == 2 || lab.s3.stats().of(Kind::Put).requests > before
     });
     lab.s3.release(Kind::CopyPart);
     assert_eq!(closing.join().unwrap(), 0);
@@ -199,11 +198,7 @@ fn a_mount_killed_while_it_copies_leaves_the_rest_to_the_next_and_nothing_travel
     let mount = lab.mount_with(LITTLE_MEMORY);
     let data = noise(20 * PART + 1234);
     let file = write_and_rename(&mount, &data);
-    lab.s3.hold(Kind::CopyPart);
-    let closing = std::thread::spawn(move || close(file));
-    wait_until("it to be copied", || {
-        lab.s3.stats().of(Kind::CopyPart).requests > 0
-    });
+    let closing = close_until_it_copies(&lab, file);
     kill(&mount);
     assert_ne!(closing.join().unwrap(), 0);
     lab.s3.release(Kind::CopyPart);

@@ -5,7 +5,7 @@ mod harness;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 
-use harness::{BUCKET, Lab, Mount, PREFIX, noise, wait_until};
+use harness::{BUCKET, Lab, Mount, PREFIX, noise, safetensors_head, wait_until};
 use mlfs_lab::s3::Kind;
 
 const MIB: u64 = 1 << 20;
@@ -156,15 +156,7 @@ fn a_tensor_of_a_gguf_file_costs_about_its_own_bytes() {
 fn who_touches_each_tensor_before_reading_the_first_is_sent_no_byte_twice() {
     let lab = Lab::new();
     let (count, tensor) = (24, 16 * MIB);
-    let entries: Vec<String> = (0..count)
-        .map(|index| {
-            let (from, to) = (index * tensor, (index + 1) * tensor);
-            format!("\"t{index}\":{{\"dtype\":\"U8\",\"shape\":[{tensor}],\"data_offsets\":[{from},{to}]}}")
-        })
-        .collect();
-    let header = format!("{{{}}}", entries.join(","));
-    let mut head = (header.len() as u64).to_le_bytes().to_vec();
-    head.extend(header.as_bytes());
+    let head = safetensors_head(count, tensor);
     let start = head.len() as u64;
     let size = start + count * tensor;
     let key = format!("{PREFIX}/model.safetensors");

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-use harness::{BUCKET, Lab, PREFIX, errno, noise, wait_until};
+use harness::{BUCKET, Lab, PREFIX, errno, noise, safetensors_head, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
 
 const MIB: u64 = 1 << 20;
@@ -75,15 +75,7 @@ fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
     let lab = Lab::new();
     // Sixty-four tensors of 64 MiB; the data are generated behind a real header.
     let tensor = 64 * MIB;
-    let entries: Vec<String> = (0..64)
-        .map(|index| {
-            let (from, to) = (index * tensor, (index + 1) * tensor);
-            format!("\"t{index}\":{{\"dtype\":\"U8\",\"shape\":[{tensor}],\"data_offsets\":[{from},{to}]}}")
-        })
-        .collect();
-    let header = format!("{{{}}}", entries.join(","));
-    let mut head = (header.len() as u64).to_le_bytes().to_vec();
-    head.extend_from_slice(header.as_bytes());
+    let head = safetensors_head(64, tensor);
     let start = head.len() as u64;
     let key = format!("{PREFIX}/m.safetensors");
     lab.s3

@@ -341,6 +341,19 @@ pub fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
+/// The start of a safetensors file of `count` tensors of `size` bytes each.
+pub fn safetensors_head(count: u64, size: u64) -> Vec<u8> {
+    let entry = |index: u64| {
+        let (from, to) = (index * size, (index + 1) * size);
+        format!(r#""t{index}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{from},{to}]}}"#)
+    };
+    let entries: Vec<String> = (0..count).map(entry).collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let mut head = (header.len() as u64).to_le_bytes().to_vec();
+    head.extend_from_slice(header.as_bytes());
+    head
+}
+
 pub fn errno(outcome: std::io::Result<impl Sized>) -> i32 {
     outcome
         .err()
