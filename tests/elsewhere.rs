@@ -14,6 +14,8 @@ const TEMPORARY: &str = ".model.tmp";
 const LAST: &str = "model.safetensors";
 /// Memory for a few parts only: what is held back for its name must go somewhere.
 const LITTLE_MEMORY: &[&str] = &["--part-size", "5MiB", "--memory", "64MiB"];
+/// Memory for all parts of what the tests write here.
+const MUCH_MEMORY: &[&str] = &["--part-size", "5MiB", "--memory", "256MiB"];
 
 /// Written as safetensors' `save_file` does, and renamed; closing it is the caller's.
 fn write_and_rename(mount: &Mount<'_>, data: &[u8]) -> File {
@@ -32,6 +34,15 @@ fn close_until_it_copies(lab: &Lab, file: File) -> JoinHandle<i32> {
         lab.s3.stats().of(Kind::CopyPart).requests > 0
     });
     closing
+}
+
+/// Written under a name that looks like its last one, and renamed when all parts are sent.
+fn send_and_rename(lab: &Lab, mount: &Mount<'_>, data: &[u8]) -> File {
+    let mut file = File::create(mount.at("former")).unwrap();
+    file.write_all(data).unwrap();
+    wait_until("all parts to be sent", || sent(lab) == data.len() as u64);
+    fs::rename(mount.at("former"), mount.at(LAST)).unwrap();
+    file
 }
 
 fn sent(lab: &Lab) -> u64 {
@@ -81,12 +92,9 @@ fn what_came_under_the_former_name_meanwhile_is_not_removed() {
 #[test]
 fn a_file_whose_former_name_was_taken_meanwhile_is_sent_again_under_its_last_one() {
     let lab = Lab::new();
-    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
+    let mount = lab.mount_with(MUCH_MEMORY);
     let data = noise(5 * PART);
-    let mut file = File::create(mount.at("former")).unwrap();
-    file.write_all(&data).unwrap();
-    wait_until("all parts to be sent", || sent(&lab) == data.len() as u64);
-    fs::rename(mount.at("former"), mount.at(LAST)).unwrap();
+    let file = send_and_rename(&lab, &mount, &data);
     fs::write(mount.at("former"), b"another's").unwrap();
     assert_eq!(close(file), 0);
     assert!(lab.stored(LAST).unwrap() == data);
@@ -115,12 +123,9 @@ fn a_file_larger_than_memory_whose_former_name_was_taken_can_be_retried_when_it_
 #[test]
 fn a_file_whose_former_name_is_taken_while_it_is_copied_is_sent_again() {
     let lab = Lab::new();
-    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
+    let mount = lab.mount_with(MUCH_MEMORY);
     let data = noise(5 * PART);
-    let mut file = File::create(mount.at("former")).unwrap();
-    file.write_all(&data).unwrap();
-    wait_until("all parts to be sent", || sent(&lab) == data.len() as u64);
-    fs::rename(mount.at("former"), mount.at(LAST)).unwrap();
+    let file = send_and_rename(&lab, &mount, &data);
     let closing = close_until_it_copies(&lab, file);
     assert!(fs::read(mount.at(LAST)).unwrap() == data);
     lab.put("former", b"another's".to_vec());
@@ -180,16 +185,36 @@ fn a_name_that_holds_the_only_copy_of_another_file_is_not_taken() {
 #[test]
 fn a_file_of_few_parts_is_sent_after_it_has_its_last_name() {
     let lab = Lab::new();
-    let mount = lab.mount_with(&["--part-size", "5MiB", "--memory", "128MiB"]);
-    let data = noise(7 * PART + 1234);
+    let mount = lab.mount_with(MUCH_MEMORY);
+    let data = noise(8 * PART + 1234);
     let mut file = File::create(mount.at(TEMPORARY)).unwrap();
     file.write_all(&data).unwrap();
-    assert_eq!(lab.s3.uploads(), 0);
+    // What is written later is stored before it.
+    fs::write(mount.at("another"), b"small").unwrap();
+    assert_eq!(lab.s3.stats().of(Kind::CreateMultipart).requests, 0);
     fs::rename(mount.at(TEMPORARY), mount.at(LAST)).unwrap();
     assert_eq!(close(file), 0);
     assert!(lab.stored(LAST).unwrap() == data);
     assert_eq!(sent(&lab), data.len() as u64);
     assert_eq!(lab.s3.stats().of(Kind::CopyPart).requests, 0);
+}
+
+#[test]
+fn a_file_renamed_while_its_parts_are_on_their_way_travels_once() {
+    let lab = Lab::new();
+    let mount = lab.mount_with(MUCH_MEMORY);
+    let data = noise(9 * PART);
+    let mut file = File::create(mount.at(TEMPORARY)).unwrap();
+    lab.s3.hold(Kind::UploadPart);
+    file.write_all(&data).unwrap();
+    wait_until("a part to be on its way", || {
+        lab.s3.stats().of(Kind::UploadPart).requests > 0
+    });
+    fs::rename(mount.at(TEMPORARY), mount.at(LAST)).unwrap();
+    lab.s3.release(Kind::UploadPart);
+    assert_eq!(close(file), 0);
+    assert!(lab.stored(LAST).unwrap() == data);
+    assert_eq!(sent(&lab), data.len() as u64);
 }
 
 #[test]

@@ -275,7 +275,7 @@ impl Draft {
         if filled && !state.detached {
             if !state.held {
                 self.queue(&mut state, index);
-            } else if state.whole_chunks() >= MOST_HELD {
+            } else if state.whole_chunks() > MOST_HELD {
                 state.held = false;
                 self.queue_full_chunks(&mut state);
             }
@@ -450,7 +450,7 @@ fn new_id() -> String {
 /// hold would wait for memory that only this draft's publication can free.
 const BASE_STEP: u64 = 1 << 20;
 
-/// So many whole chunks are held back for a better name. A larger file is sent meanwhile, and
+/// So many whole chunks are held back for a better name. With one more a file is sent meanwhile, and
 /// copied inside the store when it has its name: measured, what a second look at the bytes costs is
 /// made up for by sending while it is written.
 const MOST_HELD: usize = 8;

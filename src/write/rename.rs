@@ -175,14 +175,15 @@ impl Misplaced {
 }
 
 impl State {
-    /// Whether what was sent under the former name is to be copied inside the store.
+    /// Whether what was sent under the former name, or is on its way, is to be copied inside the
+    /// store.
     fn is_worth_bringing_over(&self) -> bool {
         if self.has_given_up() {
             return true;
         }
         let sent = self.chunks.iter().filter(|(index, chunk)| {
             let part = self.part(**index);
-            chunk.is_sent(part.end - part.start)
+            chunk.is_sent(part.end - part.start) || self.queued.contains(index)
         });
         sent.count() >= WORTH_COPYING && self.target.store.capabilities().copy_part
     }
