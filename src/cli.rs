@@ -5,6 +5,7 @@ mod background;
 mod cache;
 mod mount;
 mod mounts;
+mod prefetch;
 mod processes;
 mod progress;
 mod serve;
@@ -12,6 +13,7 @@ mod status;
 mod unmount;
 mod uploads;
 mod wait;
+mod warmer;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -44,11 +46,16 @@ enum Command {
     Status(status::Arguments),
     /// Show, send again or discard what is not stored
     Uploads(uploads::Arguments),
+    /// Fetch files before they are read, into the disk cache if there is one
+    Prefetch(prefetch::Arguments),
     /// Show or empty the disk cache
     Cache(cache::Arguments),
     /// The child of another subcommand; it may hang where that one must not
     #[command(name = ask::NAME, hide = true)]
     Ask(ask::Arguments),
+    /// The same for a prefetch
+    #[command(name = warmer::NAME, hide = true)]
+    Warm(warmer::Arguments),
 }
 
 /// An error that a different command line, or a different environment, would not have.
@@ -90,8 +97,10 @@ pub fn main() -> ExitCode {
         Command::Wait(arguments) => wait::run(arguments),
         Command::Status(arguments) => status::run(arguments),
         Command::Uploads(arguments) => uploads::run(arguments),
+        Command::Prefetch(arguments) => prefetch::run(arguments),
         Command::Cache(arguments) => cache::run(arguments),
         Command::Ask(arguments) => ask::run(arguments),
+        Command::Warm(arguments) => warmer::run(arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

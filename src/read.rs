@@ -8,7 +8,7 @@
 //! first touch of a place fetches just the blocks that were asked for; [`pattern`] watches the
 //! offsets and says how far to run ahead; a format plan ([`plan`]) tells where a tensor or member
 //! ends, so that running ahead does not run past it, and which headers are looked at next
-//! ([`look`]).
+//! ([`look`]). Somebody may also ask for an object to be on disk before it is read ([`warm`]).
 
 mod block;
 mod disk;
@@ -17,6 +17,7 @@ mod look;
 mod object;
 mod pattern;
 pub mod plan;
+mod warm;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;

@@ -60,7 +60,8 @@ impl Progress {
     }
 }
 
-fn bar() -> ProgressBar {
+/// An empty bar that counts bytes.
+pub(super) fn bar() -> ProgressBar {
     let bar = ProgressBar::new(0);
     // The template is tested; a bar without it is a bar.
     match ProgressStyle::with_template(LOOK) {

@@ -33,6 +33,7 @@ use std::time::Duration;
 use lru::LruCache;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
 use super::Source;
 use super::block::Block;
@@ -186,6 +187,20 @@ impl Disk {
         })
     }
 
+    fn missing(&self, identity: &Identity, blocks: Range<u64>) -> Vec<Range<u64>> {
+        if !self.is_on() {
+            return vec![blocks];
+        }
+        let missing = self.version(identity).and_then(|version| match version {
+            Some(version) => version.missing(&blocks),
+            None => Ok(vec![blocks.clone()]),
+        });
+        missing.unwrap_or_else(|error| {
+            self.failed(identity, &error);
+            vec![blocks]
+        })
+    }
+
     /// The open version, or the one on disk.
     fn version(&self, identity: &Identity) -> io::Result<Option<Arc<Version>>> {
         if let Some(version) = self.open.lock().get(&identity.name) {
@@ -256,17 +271,80 @@ impl DiskObject {
         if !self.disk.is_on() {
             return;
         }
-        for (first, blocks) in (first..).step_by(RUN).zip(blocks.chunks(RUN)) {
-            let batch = Batch {
-                identity: Arc::clone(&self.identity),
-                first,
-                blocks: blocks.to_vec(),
-            };
-            let bytes = batch.bytes();
-            if !self.disk.queue.push(batch) {
-                self.disk.skipped.fetch_add(bytes, Ordering::Relaxed);
+        for batch in self.batches(first, blocks, None) {
+            if let Err(batch) = self.disk.queue.push(batch) {
+                let skipped = &self.disk.skipped;
+                skipped.fetch_add(batch.bytes(), Ordering::Relaxed);
             }
         }
+    }
+
+    /// Hands over consecutive blocks from `first` on, as the queue has room for them, and waits
+    /// until they are written, or are not going to be.
+    pub async fn keep(&self, first: u64, blocks: &[Arc<Block>]) {
+        let (waiter, mut written) = mpsc::channel(1);
+        for mut batch in self.batches(first, blocks, Some(&waiter)) {
+            loop {
+                let moved = self.disk.queue.moved();
+                tokio::pin!(moved);
+                moved.as_mut().enable();
+                match self.disk.queue.push(batch) {
+                    Ok(()) => break,
+                    Err(refused) if self.disk.queue.is_closed() => {
+                        let skipped = &self.disk.skipped;
+                        skipped.fetch_add(refused.bytes(), Ordering::Relaxed);
+                        return;
+                    }
+                    Err(refused) => batch = refused,
+                }
+                self.wait_for_disk(moved).await;
+            }
+        }
+        drop(waiter);
+        loop {
+            let moved = self.disk.queue.moved();
+            tokio::select! {
+                _ = written.recv() => return,
+                () = self.wait_for_disk(moved) => {}
+            }
+        }
+    }
+
+    /// A disk on which nothing moves has failed.
+    async fn wait_for_disk(&self, moved: impl Future<Output = ()>) {
+        if tokio::time::timeout(PATIENCE, moved).await.is_err() {
+            self.disk.end(&io::Error::from(io::ErrorKind::TimedOut));
+        }
+    }
+
+    /// Those of `blocks` that are not on disk, in runs; all of them when the disk has failed.
+    pub async fn missing(&self, blocks: Range<u64>) -> Vec<Range<u64>> {
+        let (disk, identity) = (Arc::clone(&self.disk), Arc::clone(&self.identity));
+        let wanted = blocks.clone();
+        let looking = tokio::task::spawn_blocking(move || disk.missing(&identity, wanted));
+        match tokio::time::timeout(PATIENCE, looking).await {
+            Ok(Ok(missing)) => missing,
+            Ok(Err(_)) => vec![blocks],
+            Err(_) => {
+                self.disk.end(&io::Error::from(io::ErrorKind::TimedOut));
+                vec![blocks]
+            }
+        }
+    }
+
+    fn batches(
+        &self,
+        first: u64,
+        blocks: &[Arc<Block>],
+        waiter: Option<&mpsc::Sender<()>>,
+    ) -> impl Iterator<Item = Batch> {
+        let runs = (first..).step_by(RUN).zip(blocks.chunks(RUN));
+        runs.map(move |(first, blocks)| Batch {
+            identity: Arc::clone(&self.identity),
+            first,
+            blocks: blocks.to_vec(),
+            _waiter: waiter.cloned(),
+        })
     }
 }
 

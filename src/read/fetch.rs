@@ -161,53 +161,67 @@ impl Fetch {
         reservation: &mut Reservation,
         mut unread: Option<&mut Unread>,
     ) -> StoreResult<()> {
-        let (start, end) = (bytes.start, bytes.end);
-        let body = source
-            .store
-            .get(&source.key, bytes, source.etag.as_ref())
-            .await?;
-        if body.object_size != source.size || body.range != (start..end) {
-            return Err(StoreError::Changed {
-                object: object_name(source),
-            });
-        }
-        let mut frames = body.frames;
-        let mut gathered: Vec<Bytes> = Vec::new();
-        let mut offset = start;
-        let mut boundary = (start + BLOCK_SIZE).min(end);
-        while let Some(mut frame) = frames.try_next().await? {
-            while !frame.is_empty() {
-                let take = ((boundary - offset) as usize).min(frame.len());
-                if take == 0 {
-                    return Err(too_long(source));
-                }
-                gathered.push(frame.split_to(take));
-                offset += take as u64;
-                if offset == boundary {
-                    let mut frames = std::mem::take(&mut gathered);
-                    if end - start <= COPIED {
-                        frames = vec![Bytes::from(frames.concat())];
-                    }
-                    let length: u64 = frames.iter().map(|frame| frame.len() as u64).sum();
-                    let block =
-                        Block::new(frames, reservation.split(length), unread.as_deref_mut());
-                    self.fill(cache, content, block);
-                    boundary = (boundary + BLOCK_SIZE).min(end);
-                }
-            }
-        }
-        if offset < end {
-            return Err(StoreError::Unavailable {
-                object: object_name(source),
-                detail: format!("the answer ended {} bytes early", end - offset),
-            });
-        }
-        Ok(())
+        request(source, bytes, |frames| {
+            let length = frames.iter().map(|frame| frame.len() as u64).sum();
+            let block = Block::new(frames, reservation.split(length), unread.as_deref_mut());
+            self.fill(cache, content, block);
+        })
+        .await
     }
 }
 
+/// One ranged GET of whole blocks, of which each is handed over when its last byte has come.
+///
+/// # Errors
+/// `Changed` when there is another version; the store's.
+pub(super) async fn request(
+    source: &Source,
+    bytes: Range<u64>,
+    mut block: impl FnMut(Vec<Bytes>),
+) -> StoreResult<()> {
+    let (start, end) = (bytes.start, bytes.end);
+    let body = source
+        .store
+        .get(&source.key, bytes, source.etag.as_ref())
+        .await?;
+    if body.object_size != source.size || body.range != (start..end) {
+        return Err(StoreError::Changed {
+            object: object_name(source),
+        });
+    }
+    let mut frames = body.frames;
+    let mut gathered: Vec<Bytes> = Vec::new();
+    let mut offset = start;
+    let mut boundary = (start + BLOCK_SIZE).min(end);
+    while let Some(mut frame) = frames.try_next().await? {
+        while !frame.is_empty() {
+            let take = ((boundary - offset) as usize).min(frame.len());
+            if take == 0 {
+                return Err(too_long(source));
+            }
+            gathered.push(frame.split_to(take));
+            offset += take as u64;
+            if offset == boundary {
+                let mut frames = std::mem::take(&mut gathered);
+                if end - start <= COPIED {
+                    frames = vec![Bytes::from(frames.concat())];
+                }
+                block(frames);
+                boundary = (boundary + BLOCK_SIZE).min(end);
+            }
+        }
+    }
+    if offset < end {
+        return Err(StoreError::Unavailable {
+            object: object_name(source),
+            detail: format!("the answer ended {} bytes early", end - offset),
+        });
+    }
+    Ok(())
+}
+
 /// Bytes of some blocks.
-fn range_of(blocks: &Range<u64>, source: &Source) -> Range<u64> {
+pub(super) fn range_of(blocks: &Range<u64>, source: &Source) -> Range<u64> {
     blocks.start * BLOCK_SIZE..(blocks.end * BLOCK_SIZE).min(source.size)
 }
 

@@ -95,6 +95,10 @@ impl ObjectReader {
         })
     }
 
+    pub(super) fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
     /// Bytes of the object.
     pub fn size(&self) -> u64 {
         self.size

@@ -2,7 +2,8 @@
 //!
 //! `status` is one JSON document, made when it is opened. Writing anything to `drain` asks for
 //! everything closed and unpublished to be sent now; ids of uploads, or `all`, written to `retry`
-//! or `discard` asks for that.
+//! or `discard` asks for that. A [`super::Prefetch`] written to `prefetch` is done by the read that
+//! follows: the kernel lets one at a time write to a file, and many read.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

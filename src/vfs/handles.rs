@@ -9,6 +9,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::error::{VfsError, VfsResult};
 use super::file::File;
+use super::prefetch::Prefetch;
 use super::readdir::DirectoryStream;
 use super::tree::{Inode, Order};
 
@@ -76,7 +77,15 @@ enum Open {
     Directory(Arc<DirectoryStream>),
     /// A control file's content, as it was when it was opened.
     Document(Bytes),
-    Order(Order),
+    Order(Arc<OrderHandle>),
+}
+
+/// An open control file that takes orders.
+#[derive(Debug)]
+pub(super) struct OrderHandle {
+    pub order: Order,
+    /// What was written last, for a read to do.
+    pub wanted: Mutex<Option<Prefetch>>,
 }
 
 /// All open handles, by number.
@@ -106,7 +115,10 @@ impl Handles {
     }
 
     pub fn add_order(&self, order: Order) -> u64 {
-        self.add(Open::Order(order))
+        self.add(Open::Order(Arc::new(OrderHandle {
+            order,
+            wanted: Mutex::default(),
+        })))
     }
 
     pub fn file(&self, handle: u64) -> VfsResult<Arc<FileHandle>> {
@@ -130,9 +142,9 @@ impl Handles {
         }
     }
 
-    pub fn order(&self, handle: u64) -> Option<Order> {
+    pub fn order(&self, handle: u64) -> Option<Arc<OrderHandle>> {
         match self.open.read().get(&handle) {
-            Some(Open::Order(order)) => Some(*order),
+            Some(Open::Order(order)) => Some(Arc::clone(order)),
             _ => None,
         }
     }

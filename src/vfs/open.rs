@@ -48,7 +48,7 @@ pub enum WriteOutcome {
 }
 
 impl Vfs {
-    fn file(&self, inode: Inode) -> VfsResult<Arc<File>> {
+    pub(super) fn file(&self, inode: Inode) -> VfsResult<Arc<File>> {
         match self.tree.lock().get(inode).map(|node| &node.kind) {
             Some(Kind::File(file)) => Ok(Arc::clone(file)),
             Some(_) => Err(VfsError::IS_DIRECTORY),
@@ -266,6 +266,9 @@ impl Vfs {
             segments.push(document.slice(start..end));
             return Ok(segments);
         }
+        if let Some(order) = self.handles.order(handle) {
+            return self.do_wanted(&order).await;
+        }
         let handle = self.handles.file(handle)?;
         let (draft, reader) = {
             let state = handle.file.state();
@@ -321,7 +324,7 @@ impl Vfs {
     /// Writes all of `data`, waiting for room if need be.
     pub async fn write(self: &Arc<Self>, handle: u64, offset: u64, data: Bytes) -> VfsResult<()> {
         if let Some(order) = self.handles.order(handle) {
-            return self.obey(order, &data).await;
+            return self.obey(&order, &data).await;
         }
         let handle = self.handles.file(handle)?;
         let target = self.target(handle.inode).await?;

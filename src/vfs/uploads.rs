@@ -12,6 +12,7 @@ use super::closing::Item;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::former::Former;
+use super::handles::OrderHandle;
 use super::queue::Standing;
 use super::tree::{Inode, Order};
 use super::upload_status::UploadStatus;
@@ -306,10 +307,14 @@ impl Vfs {
     ///
     /// # Errors
     /// `ENOENT` when there is no upload of an id; `EBUSY` for one that is being written.
-    pub(super) async fn obey(self: &Arc<Self>, order: Order, text: &[u8]) -> VfsResult<()> {
-        if order == Order::Drain {
-            self.begin_drain();
-            return Ok(());
+    pub(super) async fn obey(self: &Arc<Self>, handle: &OrderHandle, text: &[u8]) -> VfsResult<()> {
+        match handle.order {
+            Order::Drain => {
+                self.begin_drain();
+                return Ok(());
+            }
+            Order::Prefetch => return handle.want(text),
+            Order::Retry | Order::Discard => {}
         }
         let text = String::from_utf8_lossy(text);
         let all = self.uploads();
@@ -326,8 +331,8 @@ impl Vfs {
             if !upload.waits_for_a_word() {
                 return Err(VfsError::BUSY);
             }
-            match order {
-                Order::Drain => {}
+            match handle.order {
+                Order::Drain | Order::Prefetch => {}
                 Order::Retry => self.retry(&upload.id),
                 Order::Discard => self.discard(&upload.id).await?,
             }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::futures::Notified;
+use tokio::sync::{Notify, mpsc};
 
 use super::identity::Identity;
 use crate::read::block::Block;
@@ -16,6 +18,8 @@ pub(super) struct Batch {
     /// Index of the first block.
     pub first: u64,
     pub blocks: Vec<Arc<Block>>,
+    /// Dropped with the batch, for whoever waits for that.
+    pub _waiter: Option<mpsc::Sender<()>>,
 }
 
 impl Batch {
@@ -39,6 +43,8 @@ pub(super) struct Queue {
     limit: u64,
     state: Mutex<State>,
     changed: Condvar,
+    /// A batch was dealt with, or no more are taken.
+    moved: Notify,
 }
 
 /// What the writer is to do.
@@ -55,21 +61,32 @@ impl Queue {
             limit,
             state: Mutex::default(),
             changed: Condvar::new(),
+            moved: Notify::new(),
         }
     }
 
-    /// Adds a batch; false, and not added, when there is no room.
-    pub fn push(&self, batch: Batch) -> bool {
+    /// Adds a batch; gives it back when there is no room.
+    pub fn push(&self, batch: Batch) -> Result<(), Batch> {
         let bytes = batch.bytes();
         let mut state = self.state.lock();
         if state.closed || state.bytes + bytes > self.limit {
-            return false;
+            return Err(batch);
         }
         state.bytes += bytes;
         state.batches.push_back(batch);
         drop(state);
         self.changed.notify_all();
-        true
+        Ok(())
+    }
+
+    /// Completes when a batch is dealt with, or no more are taken, after this was called.
+    pub fn moved(&self) -> Notified<'_> {
+        self.moved.notified()
+    }
+
+    /// Whether no more are taken.
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().closed
     }
 
     /// The next batch; it takes its room until [`Self::done`].
@@ -92,12 +109,14 @@ impl Queue {
         drop(batch);
         self.state.lock().bytes -= bytes;
         self.changed.notify_all();
+        self.moved.notify_waiters();
     }
 
     /// Takes no more; what is queued is still handed out.
     pub fn close(&self) {
         self.state.lock().closed = true;
         self.changed.notify_all();
+        self.moved.notify_waiters();
     }
 
     /// Waits until everything has been dealt with; false when that takes longer than `patience`.

@@ -176,6 +176,19 @@ impl Version {
         ))
     }
 
+    /// Those of `blocks` that have no entry, in runs.
+    pub fn missing(&self, blocks: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let mut missing: Vec<Range<u64>> = Vec::new();
+        let sums = self.checksums(blocks)?;
+        for (index, _) in blocks.clone().zip(sums).filter(|(_, sum)| sum.is_none()) {
+            match missing.last_mut() {
+                Some(run) if run.end == index => run.end += 1,
+                _ => missing.push(index..index + 1),
+            }
+        }
+        Ok(missing)
+    }
+
     /// The checksums of those blocks that are there.
     fn checksums(&self, blocks: &Range<u64>) -> io::Result<Vec<Option<u32>>> {
         let count = (blocks.end - blocks.start) as usize;
