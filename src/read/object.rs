@@ -20,8 +20,6 @@ use crate::store::StoreResult;
 /// Bytes of one prefetch request at most: long enough that the time to the first byte does not
 /// matter on a connection of 90 MB/s, short enough that 16 of them fit a small budget.
 const REQUEST_SIZE: u64 = 8 << 20;
-/// Requests that a window is cut into while they are small.
-const PIECES: u64 = 4;
 /// Bytes of one prefetch request at least, unless the window itself is smaller.
 const SMALL_REQUEST: u64 = 1 << 20;
 /// An object up to this size, bytes, is fetched whole at the first touch: its bytes cost less than
@@ -318,7 +316,6 @@ impl ObjectReader {
         let mut ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
         // Not who comes from the tensor before: the kernel reads past the end of what was asked.
         let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
-        let mut pieces = PIECES;
         let mut most = self.most_unread();
         if let Some(extent) = begun {
             // Some loaders touch each tensor before they read the first: that must not get in the
@@ -333,7 +330,6 @@ impl ObjectReader {
             // Whoever begins a tensor reads it to its end: all of it at once.
             ahead.range = read.end..extent.end.min(read.end + maximum).max(read.end);
             ahead.window = ahead.range.end - ahead.range.start;
-            pieces = self.reader.options.transfers as u64;
         }
         tracing::trace!(?read, ?ahead, bound, "pattern");
         // Its first block was the last of the piece before, and still needed then.
@@ -342,9 +338,10 @@ impl ObjectReader {
         if ahead.range.is_empty() {
             return;
         }
-        // Small windows are cut, so that their requests overlap; large ones into requests of full
-        // size, so that few are needed. A rest smaller than a request waits for more.
-        let request = (ahead.window / pieces).clamp(SMALL_REQUEST, REQUEST_SIZE);
+        // A window is cut so that as many requests as there may be overlap: a connection's share of
+        // the wire is what limits each. A rest smaller than a request waits for more.
+        let transfers = self.reader.options.transfers as u64;
+        let request = (ahead.window / transfers).clamp(SMALL_REQUEST, REQUEST_SIZE);
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);

@@ -17,7 +17,8 @@ const SLACK_AHEAD: u64 = 4 << 20;
 /// A read that starts this far behind a stream's front still belongs to it, bytes.
 const SLACK_BEHIND: u64 = 2 << 20;
 /// Nothing is fetched ahead before a stream has consumed more than this, bytes: a random read of
-/// a MiB arrives as several requests of the kernel's, and must not look like a stream.
+/// a MiB arrives as several requests of the kernel's, and must not look like a stream. One that
+/// began at the first byte is hardly random: what the kernel reads around its first page is enough.
 const QUIET: u64 = 3 << 19;
 /// A stream that began in the middle may end soon (a tensor, a member of an archive): until it has
 /// consumed this much, bytes, it runs ahead by a quarter of what it consumed.
@@ -46,6 +47,8 @@ struct Stream {
     front: u64,
     /// Bytes read since the stream began.
     consumed: u64,
+    /// Nothing is fetched ahead before it has consumed more than this, bytes.
+    quiet: u64,
     window: u64,
     /// Everything before this has been asked for ahead of time.
     asked: u64,
@@ -65,7 +68,7 @@ impl Stream {
     /// How far its past says that it will go on, bytes.
     fn deserved(&self) -> u64 {
         match self.consumed {
-            consumed if consumed <= QUIET => 0,
+            consumed if consumed <= self.quiet => 0,
             consumed if self.eager => consumed * EAGER,
             consumed if consumed <= CAUTIOUS => consumed / 4,
             consumed => consumed,
@@ -191,6 +194,7 @@ impl Pattern {
             eager: read.start == 0 || bound < size,
             front: read.end,
             consumed: read.end - read.start,
+            quiet: if read.start == 0 { AROUND } else { QUIET },
             window: 0,
             asked: read.end,
             bound: bound.max(read.end),
@@ -252,6 +256,19 @@ mod tests {
     }
 
     #[test]
+    fn who_begins_at_the_first_byte_and_goes_on_is_run_ahead_of_at_once() {
+        let mut pattern = Pattern::default();
+        let piece = MIB / 8;
+        let mut ahead = |index: u64| {
+            let read = index * piece..(index + 1) * piece;
+            pattern.note(read, 64 * MIB, END, END).range
+        };
+        // The kernel's readahead of one page makes as much.
+        assert!(ahead(0).is_empty() && ahead(1).is_empty());
+        assert_eq!(ahead(2), 3 * piece..15 * piece);
+    }
+
+    #[test]
     fn a_random_read_that_comes_in_pieces_is_no_stream() {
         let mut pattern = Pattern::default();
         for place in [700, 20, 510] {
@@ -296,7 +313,7 @@ mod tests {
     fn random_reads_of_one_length_are_fetched_whole_once_there_were_enough() {
         let mut pattern = Pattern::default();
         let before = STREAMS + ALIKE;
-        for place in 0..before as u64 {
+        for place in 1..=before as u64 {
             assert!(random_read(&mut pattern, place, 6).range.is_empty());
         }
         let ahead = random_read(&mut pattern, 100, 6);
