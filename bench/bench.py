@@ -18,18 +18,11 @@ import time
 import peers
 import report
 from rows import ROWS, WRITES
+from row import drop_caches
 from server import MIB, PROFILES, TOP, Server, prepare
 
 USUAL_ROWS = ("write,torchsave,safetensors,checkpoint,checkpoint8,small,small8,append,overwrite,"
-              "read,read128k,second,mmap,random,tensor,list")
-
-
-def drop_caches():
-    os.sync()
-    try:
-        pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError as error:
-        print(f"caches not dropped: {error}", file=sys.stderr)
+              "read,read128k,second,warm,mmap,random,tensor,list")
 
 
 class TookTooLong(Exception):
@@ -58,6 +51,9 @@ def on_mount(name, row, server, size, work, limit):
             mount = peers.Mount(name, server, work)
             step = row.after
         else:
+            if hasattr(row, "before"):
+                limited(limit, lambda: row.before(mount, server, size))
+                drop_caches()
             step = row.mount
         before = mount.cpu()
         outcome = limited(limit, lambda: step(mount, server, size))
@@ -101,6 +97,8 @@ def applies(name, row_name, row, asked):
         return False
     if name == "discard":
         return row.discards
+    if name in peers.CACHED:
+        return row.only is not None
     if name in peers.SIGNED:
         return row_name in WRITES
     if name in peers.VARIANTS:

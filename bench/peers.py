@@ -102,6 +102,16 @@ def mlfs(*flags):
     return lambda mount, server: [RELEASE / "mlfs", "mount", "--foreground", mount, *flags]
 
 
+def mlfs_with_disk(*flags):
+    return lambda mount, server: mlfs("--memory", "512MiB", "--sign-payload", "never",
+                                      "--cache-dir", disk_cache(mount), *flags)(mount, server)
+
+
+def disk_cache(mount):
+    """Where the disk cache of what is mounted there is."""
+    return mount.parent / "blocks"
+
+
 def mount_s3(mount, server):
     program = os.environ.get("MOUNT_S3") or TOP.parent / "shared" / "peers" / "mount-s3"
     return [program, "--foreground", BUCKET, mount, "--endpoint-url", server.endpoint,
@@ -134,6 +144,8 @@ MOUNTS = {
     # With the memory of the smallest peer, and with as many connections as mlfs takes untold.
     "mlfs small": mlfs("--memory", "96MiB", "--sign-payload", "never", "--transfers", "16"),
     "mlfs untold": mlfs("--memory", "512MiB", "--sign-payload", "never"),
+    "mlfs disk": mlfs_with_disk(),
+    "mlfs disk ro": mlfs_with_disk("--read-only"),
     "mount-s3": mount_s3,
     "s3fs": s3fs,
     "rclone off": rclone("off"),
@@ -148,6 +160,8 @@ COLUMNS = (*MOUNTS, *DIRECT)
 # Columns only for rows that write; the second lot also for any row where they are asked for.
 SIGNED = ("mlfs signed", "sdk signed")
 VARIANTS = ("mlfs small", "mlfs untold")
+# Columns only for the row about them.
+CACHED = ("mlfs disk", "mlfs disk ro")
 
 
 def run_sdk(server, arguments, moved, signed=False):

@@ -2,7 +2,7 @@
 
 from promises import Bounds, Verified
 from reads import (FirstByte, List, LoadFile, RandomReads, RandomThreads, Read, SecondRead,
-                   SmallReads, Tensor, Touch)
+                   SmallReads, Tensor, Touch, WarmRead)
 from server import MIB
 from writes import Append, Checkpoint, Overwrite, Safetensors, Small, TorchSave, Write
 
@@ -19,6 +19,7 @@ ROWS = {
     "read": Read(MIB),
     "read128k": Read(128 * 1024),
     "second": SecondRead(),
+    "warm": WarmRead(),
     "mmap": Touch(),
     "random": RandomReads(),
     "tensor": Tensor(),

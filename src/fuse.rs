@@ -4,6 +4,7 @@
 //! then, the call and its reply move into a tokio task, and the thread takes the next request.
 
 mod answer;
+mod backing;
 mod callbacks;
 mod convert;
 mod mount;

@@ -15,6 +15,7 @@ mod error;
 mod file;
 mod former;
 mod handles;
+mod local;
 mod lookup;
 mod names;
 mod open;
@@ -43,6 +44,7 @@ use crate::write::Writer;
 use closing::Item;
 use former::Uploads;
 use handles::Handles;
+use local::Local;
 use queue::Queue;
 use tree::Tree;
 
@@ -96,6 +98,7 @@ pub struct Vfs {
     runtime: Runtime,
     tree: Mutex<Tree>,
     handles: Handles,
+    local: Local,
     uploads: Uploads,
     /// What is to be published in the background, in order.
     queue: Mutex<Queue<Item>>,
@@ -124,6 +127,7 @@ impl Vfs {
             runtime,
             tree: Mutex::new(Tree::new(started)),
             handles: Handles::default(),
+            local: Local::default(),
             uploads: Uploads::default(),
             queue: Mutex::new(queue),
             settled: Notify::new(),

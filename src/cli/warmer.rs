@@ -4,9 +4,10 @@
 //! stopped do not return. What it does, it says line by line.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -74,15 +75,6 @@ type Task = (Arc<Opened>, u64, u64);
 struct Opened {
     path: PathBuf,
     file: File,
-    inode: u64,
-}
-
-impl Opened {
-    fn new(path: PathBuf) -> io::Result<Self> {
-        let file = File::open(&path)?;
-        let inode = file.metadata()?.ino();
-        Ok(Self { path, file, inode })
-    }
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -95,18 +87,12 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     if arguments.disk {
-        let order = mountpoint.join(".mlfs/prefetch");
         each_range(found, RANGE, SIDE_BY_SIDE, |(opened, offset, length)| {
-            let mut options = OpenOptions::new();
-            let order_file = options.read(true).write(true).open(&order)?;
-            let order = Prefetch {
-                inode: opened.inode,
+            let wanted = Prefetch {
                 offset: *offset,
                 length: *length,
             };
-            (&order_file).write_all(&serde_json::to_vec(&order)?)?;
-            // Returns when it is done.
-            (&order_file).read(&mut [0; 8]).map(drop)
+            ask(&opened.file, wanted)
         });
     } else {
         each_range(found, u64::MAX, READ_SIDE_BY_SIDE, |(opened, ..)| {
@@ -119,6 +105,19 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 }
             }
         });
+    }
+    Ok(())
+}
+
+/// Returns when it is done.
+fn ask(file: &File, wanted: Prefetch) -> io::Result<()> {
+    let bytes = wanted.to_bytes();
+    let command = libc::Ioctl::from(Prefetch::COMMAND);
+    // SAFETY: the kernel reads as many bytes there as the command's number says, which is how many
+    // there are.
+    let outcome = unsafe { libc::ioctl(file.as_raw_fd(), command, bytes.as_ptr()) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
@@ -210,9 +209,9 @@ fn each_range(
             });
         }
         for (path, size) in files {
-            match Opened::new(path.clone()) {
-                Ok(opened) => {
-                    let opened = Arc::new(opened);
+            match File::open(&path) {
+                Ok(file) => {
+                    let opened = Arc::new(Opened { path, file });
                     let mut offset = 0;
                     while offset < size {
                         let length = length.min(size - offset);

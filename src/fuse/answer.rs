@@ -5,11 +5,11 @@ use std::io;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use fuser::{Errno, Generation, ReplyAttr, ReplyEmpty, ReplyEntry};
+use fuser::{Errno, Generation, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyIoctl};
 use tokio::runtime::Handle;
 
 use super::convert::attributes;
-use crate::vfs::{EntryAttributes, Inode, Vfs, VfsError, VfsResult};
+use crate::vfs::{EntryAttributes, Inode, Prefetch, Vfs, VfsError, VfsResult};
 
 /// Whom to ask, and where to wait.
 pub(super) struct Answering {
@@ -43,6 +43,20 @@ impl Answering {
         if task.as_mut().poll(&mut context).is_pending() {
             self.runtime.spawn(task);
         }
+    }
+
+    /// Answers an ioctl.
+    pub fn ioctl(&self, inode: Inode, command: u32, data: &[u8], reply: ReplyIoctl) {
+        let wanted = Prefetch::from_bytes(data).filter(|_| command == Prefetch::COMMAND);
+        let Some(wanted) = wanted else {
+            // Programs ask every file whether it is a terminal.
+            return reply.error(Errno::ENOTTY);
+        };
+        let call = move |vfs: Arc<Vfs>| async move { vfs.prefetch(inode, wanted).await };
+        self.call("prefetch", inode, call, |outcome| match outcome {
+            Ok(()) => reply.ioctl(0, &[]),
+            Err(errno) => reply.error(errno),
+        });
     }
 
     /// The errno to answer for a call that was made directly.

@@ -16,6 +16,7 @@ use fuser::{
 use tokio::runtime::Handle;
 
 use super::answer::{Answering, attr, done, entry};
+use super::backing::{self, Backing};
 use super::convert::{access, attributes, file_type, open_flags};
 use crate::vfs::{EntryAttributes, Inode, Listed, Opened, RenameMode, Vfs, WriteOutcome};
 
@@ -27,6 +28,7 @@ const LONGEST_NAME: u32 = 255;
 
 pub(super) struct Callbacks {
     answering: Answering,
+    backing: Arc<Backing>,
     /// The kernel maps files whose pages it does not keep.
     maps_direct: bool,
 }
@@ -35,6 +37,7 @@ impl Callbacks {
     pub fn new(vfs: Arc<Vfs>, runtime: Handle) -> Self {
         Self {
             answering: Answering { vfs, runtime },
+            backing: Arc::default(),
             maps_direct: false,
         }
     }
@@ -61,6 +64,9 @@ impl Filesystem for Callbacks {
         }
         let maps_direct = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         self.maps_direct = config.add_capabilities(maps_direct).is_ok();
+        if self.answering.vfs.may_be_local() {
+            backing::ask(config);
+        }
         // Each answers with the nearest value the kernel allows, which is then in force.
         let _ = config.set_max_write(LARGEST_WRITE);
         let _ = config.set_max_background(BACKGROUND);
@@ -218,12 +224,13 @@ impl Filesystem for Callbacks {
 
     fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let access = access(flags.0, request.pid());
+        let (vfs, backing) = (Arc::clone(&self.answering.vfs), Arc::clone(&self.backing));
         self.answering.call(
             "open",
             inode.0,
             |vfs| async move { vfs.open(inode.0, access).await },
-            |outcome| match outcome {
-                Ok(opened) => reply.opened(FileHandle(opened.handle), open_flags(&opened)),
+            move |outcome| match outcome {
+                Ok(opened) => backing.answer(&vfs, inode.0, &opened, reply),
                 Err(errno) => reply.error(errno),
             },
         );
@@ -338,13 +345,14 @@ impl Filesystem for Callbacks {
     fn release(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
         _owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        self.backing.release(inode.0, handle.0);
         self.answering.vfs.release(handle.0);
         reply.ok();
     }
@@ -540,16 +548,15 @@ impl Filesystem for Callbacks {
     fn ioctl(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         _handle: FileHandle,
         _flags: IoctlFlags,
-        _command: u32,
-        _data: &[u8],
+        command: u32,
+        data: &[u8],
         _size: u32,
         reply: ReplyIoctl,
     ) {
-        // Programs ask every file whether it is a terminal.
-        reply.error(Errno::ENOTTY);
+        self.answering.ioctl(inode.0, command, data, reply);
     }
 
     fn fallocate(

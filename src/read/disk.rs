@@ -21,6 +21,7 @@ mod space;
 mod version;
 mod writer;
 
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -315,6 +316,15 @@ impl DiskObject {
         if tokio::time::timeout(PATIENCE, moved).await.is_err() {
             self.disk.end(&io::Error::from(io::ErrorKind::TimedOut));
         }
+    }
+
+    /// The object's bytes as a file, if all are there and right as far as this process has seen.
+    pub fn whole(&self) -> Option<Arc<File>> {
+        let version = self.disk.open.lock().get(&self.identity.name).cloned()?;
+        let file = version.whole()?;
+        // Whoever reads the file is not seen.
+        tokio::task::spawn_blocking(move || version.touch());
+        Some(file)
     }
 
     /// Those of `blocks` that are not on disk, in runs; all of them when the disk has failed.

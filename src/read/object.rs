@@ -1,6 +1,7 @@
 //! One version of one object, and everybody who reads it.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -91,6 +92,13 @@ impl ObjectReader {
                 begun: None,
             }),
         })
+    }
+
+    /// All of the object as a file, if the disk cache has it whole, and this process has checked or
+    /// written every block of it.
+    pub fn on_disk(&self) -> Option<Arc<File>> {
+        let disk = self.reader.disk.as_ref()?;
+        disk.object(&self.source())?.whole()
     }
 
     pub(super) fn reader(&self) -> &Reader {

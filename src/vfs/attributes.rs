@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::error::{VfsError, VfsResult};
-use super::tree::{Inode, Kind, Node, Order};
+use super::tree::{Inode, Kind, Node};
 use super::{Entry, Vfs};
 
 /// `st_blksize` of a file that is written: buffered writers (Python's `open`, C's stdio) take it as
@@ -89,7 +89,6 @@ impl Vfs {
             (FileKind::Directory, Kind::Control) => 0o555,
             (FileKind::Directory, _) => 0o777 & !self.options.umask as u16,
             (_, Kind::Status) => 0o444,
-            (_, Kind::Order(Order::Prefetch)) => 0o666,
             (_, Kind::Order(_)) => 0o222,
             _ => 0o666 & !self.options.umask as u16,
         };

@@ -2,8 +2,7 @@
 //!
 //! `status` is one JSON document, made when it is opened. Writing anything to `drain` asks for
 //! everything closed and unpublished to be sent now; ids of uploads, or `all`, written to `retry`
-//! or `discard` asks for that. A [`super::Prefetch`] written to `prefetch` is done by the read that
-//! follows: the kernel lets one at a time write to a file, and many read.
+//! or `discard` asks for that.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,6 +33,9 @@ pub struct ReadStatus {
     pub bytes_cached: u64,
     #[serde(default)]
     pub bytes_from_disk: u64,
+    /// Openings of files whose reads the kernel serves from the disk cache by itself.
+    #[serde(default)]
+    pub opened_on_disk: u64,
     /// `None` without a disk cache.
     #[serde(default)]
     pub disk: Option<DiskStatus>,
@@ -128,6 +130,7 @@ impl Vfs {
                 bytes_prefetched: read.bytes_prefetched.load(Ordering::Relaxed),
                 bytes_cached: self.reader.cached_bytes(),
                 bytes_from_disk: read.bytes_from_disk.load(Ordering::Relaxed),
+                opened_on_disk: self.local.opened(),
                 disk: self.reader.disk_status(),
             },
             store: self.stores.metrics(),

@@ -28,6 +28,10 @@ pub struct FileState {
     pub reader: Option<Arc<ObjectReader>>,
     /// Open handles.
     pub handles: usize,
+    /// Those of them whose reads the kernel serves from local disk.
+    pub local: usize,
+    /// What it serves them from, as long as there are any: the kernel wants one for all.
+    pub local_bytes: Option<Arc<std::fs::File>>,
     /// Open handles that may write.
     pub writers: usize,
     /// Publications under way that no caller waits for.

@@ -2,14 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 
 use super::error::{VfsError, VfsResult};
 use super::file::File;
-use super::prefetch::Prefetch;
 use super::readdir::DirectoryStream;
 use super::tree::{Inode, Order};
 
@@ -19,6 +18,8 @@ pub(super) struct FileHandle {
     pub inode: Inode,
     pub file: Arc<File>,
     pub writable: bool,
+    /// The kernel reads local disk.
+    pub local: AtomicBool,
     /// Processes (thread groups) that opened the file through this handle or wrote through it:
     /// their close publishes, that of a child which merely inherited the descriptor does not.
     publishers: Mutex<Publishers>,
@@ -37,6 +38,7 @@ impl FileHandle {
             inode,
             file,
             writable,
+            local: AtomicBool::new(false),
             publishers: Mutex::default(),
         };
         if writable {
@@ -77,15 +79,7 @@ enum Open {
     Directory(Arc<DirectoryStream>),
     /// A control file's content, as it was when it was opened.
     Document(Bytes),
-    Order(Arc<OrderHandle>),
-}
-
-/// An open control file that takes orders.
-#[derive(Debug)]
-pub(super) struct OrderHandle {
-    pub order: Order,
-    /// What was written last, for a read to do.
-    pub wanted: Mutex<Option<Prefetch>>,
+    Order(Order),
 }
 
 /// All open handles, by number.
@@ -115,10 +109,7 @@ impl Handles {
     }
 
     pub fn add_order(&self, order: Order) -> u64 {
-        self.add(Open::Order(Arc::new(OrderHandle {
-            order,
-            wanted: Mutex::default(),
-        })))
+        self.add(Open::Order(order))
     }
 
     pub fn file(&self, handle: u64) -> VfsResult<Arc<FileHandle>> {
@@ -142,9 +133,9 @@ impl Handles {
         }
     }
 
-    pub fn order(&self, handle: u64) -> Option<Arc<OrderHandle>> {
+    pub fn order(&self, handle: u64) -> Option<Order> {
         match self.open.read().get(&handle) {
-            Some(Open::Order(order)) => Some(Arc::clone(order)),
+            Some(Open::Order(order)) => Some(*order),
             _ => None,
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -30,9 +31,12 @@ pub struct Access {
 }
 
 /// An open file, and what the kernel should do with its pages.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Opened {
     pub handle: u64,
+    /// The kernel may read this instead, but then for all handles of the inode; where it cannot,
+    /// [`Vfs::not_local`] wants to be told before the handle is used.
+    pub local: Option<Arc<std::fs::File>>,
     /// Bypass the page cache: for write-only opens, which cannot be mapped anyway.
     pub direct: bool,
     /// What the kernel has cached of this inode is still true.
@@ -82,6 +86,7 @@ impl Vfs {
                 let handle = self.handles.add_document(self.status_document());
                 return Ok(Opened {
                     handle,
+                    local: None,
                     direct: true,
                     keep_cache: false,
                 });
@@ -90,6 +95,7 @@ impl Vfs {
                 let handle = self.handles.add_order(order);
                 return Ok(Opened {
                     handle,
+                    local: None,
                     direct: true,
                     keep_cache: false,
                 });
@@ -101,18 +107,20 @@ impl Vfs {
         }
         // A published file's reader and a draft need to know where the file is.
         let target = self.target(inode).await?;
-        let keep_cache = {
+        let (keep_cache, local) = {
             let mut state = file.state();
             if state.unlinked && state.draft.is_none() && state.reader.is_none() {
                 // Removed or replaced since the kernel looked it up: it looks again.
                 return Err(VfsError::STALE);
             }
+            let local = self.local_bytes(&mut state, &target);
             state.handles += 1;
             state.writers += usize::from(access.write);
-            self.note_kernel_version(&mut state, &target)
+            (self.note_kernel_version(&mut state, &target), local)
         };
         let writable = access.write;
         let handle = FileHandle::new(inode, Arc::clone(&file), writable, access.thread);
+        handle.local.store(local.is_some(), Ordering::Relaxed);
         let handle = self.handles.add_file(handle);
         if access.write && access.truncate {
             self.draft(&file, &target).truncate_at_open()?;
@@ -120,6 +128,7 @@ impl Vfs {
         }
         Ok(Opened {
             handle,
+            local,
             direct: access.write && !access.read,
             keep_cache,
         })
@@ -251,6 +260,7 @@ impl Vfs {
             attributes,
             Opened {
                 handle,
+                local: None,
                 direct: !access.read,
                 keep_cache: false,
             },
@@ -265,9 +275,6 @@ impl Vfs {
             let end = (start + length as usize).min(document.len());
             segments.push(document.slice(start..end));
             return Ok(segments);
-        }
-        if let Some(order) = self.handles.order(handle) {
-            return self.do_wanted(&order).await;
         }
         let handle = self.handles.file(handle)?;
         let (draft, reader) = {
@@ -324,7 +331,7 @@ impl Vfs {
     /// Writes all of `data`, waiting for room if need be.
     pub async fn write(self: &Arc<Self>, handle: u64, offset: u64, data: Bytes) -> VfsResult<()> {
         if let Some(order) = self.handles.order(handle) {
-            return self.obey(&order, &data).await;
+            return self.obey(order, &data).await;
         }
         let handle = self.handles.file(handle)?;
         let target = self.target(handle.inode).await?;
@@ -407,6 +414,7 @@ impl Vfs {
         let (inode, file) = (handle.inode, Arc::clone(&handle.file));
         let (last_writer, known) = {
             let mut state = file.state();
+            self.close_local(&mut state, &handle);
             state.handles -= 1;
             state.writers -= usize::from(handle.writable);
             let draft = state.draft.as_ref();

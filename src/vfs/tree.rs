@@ -24,11 +24,10 @@ pub const ROOT: Inode = 1;
 pub const CONTROL: Inode = 2;
 /// `.mlfs/status`.
 pub const STATUS: Inode = 3;
-/// `.mlfs/drain`, `.mlfs/retry`, `.mlfs/discard`, `.mlfs/prefetch`.
+/// `.mlfs/drain`, `.mlfs/retry`, `.mlfs/discard`.
 const DRAIN: Inode = 4;
 const RETRY: Inode = 5;
 const DISCARD: Inode = 6;
-const PREFETCH: Inode = 7;
 const FIRST_FREE: Inode = 16;
 
 /// What a running mount can be told, by writing to a file in `.mlfs`.
@@ -40,17 +39,14 @@ pub enum Order {
     Retry,
     /// Give these uploads up.
     Discard,
-    /// Put bytes of a file into the disk cache.
-    Prefetch,
 }
 
 /// The files of `.mlfs`: name, inode, and what they are.
-pub const CONTROLS: [(&str, Inode, Kind); 5] = [
+pub const CONTROLS: [(&str, Inode, Kind); 4] = [
     ("status", STATUS, Kind::Status),
     ("drain", DRAIN, Kind::Order(Order::Drain)),
     ("retry", RETRY, Kind::Order(Order::Retry)),
     ("discard", DISCARD, Kind::Order(Order::Discard)),
-    ("prefetch", PREFETCH, Kind::Order(Order::Prefetch)),
 ];
 
 /// The state of a directory inside an artifact root, shared by those who list it.

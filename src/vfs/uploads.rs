@@ -12,7 +12,6 @@ use super::closing::Item;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::former::Former;
-use super::handles::OrderHandle;
 use super::queue::Standing;
 use super::tree::{Inode, Order};
 use super::upload_status::UploadStatus;
@@ -307,14 +306,10 @@ impl Vfs {
     ///
     /// # Errors
     /// `ENOENT` when there is no upload of an id; `EBUSY` for one that is being written.
-    pub(super) async fn obey(self: &Arc<Self>, handle: &OrderHandle, text: &[u8]) -> VfsResult<()> {
-        match handle.order {
-            Order::Drain => {
-                self.begin_drain();
-                return Ok(());
-            }
-            Order::Prefetch => return handle.want(text),
-            Order::Retry | Order::Discard => {}
+    pub(super) async fn obey(self: &Arc<Self>, order: Order, text: &[u8]) -> VfsResult<()> {
+        if order == Order::Drain {
+            self.begin_drain();
+            return Ok(());
         }
         let text = String::from_utf8_lossy(text);
         let all = self.uploads();
@@ -331,8 +326,8 @@ impl Vfs {
             if !upload.waits_for_a_word() {
                 return Err(VfsError::BUSY);
             }
-            match handle.order {
-                Order::Drain | Order::Prefetch => {}
+            match order {
+                Order::Drain => {}
                 Order::Retry => self.retry(&upload.id),
                 Order::Discard => self.discard(&upload.id).await?,
             }

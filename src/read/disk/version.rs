@@ -48,12 +48,41 @@ pub(in crate::read) enum Found {
 /// An open version. Its files may have been deleted meanwhile; they can be used all the same.
 #[derive(Debug)]
 pub(super) struct Version {
-    data: File,
+    data: Arc<File>,
     index: File,
     entries: Entries,
     /// Bytes of the object.
     size: u64,
     touched: Mutex<Instant>,
+    checked: Mutex<Checked>,
+}
+
+/// Which blocks this process has written, or found to be what their entries say.
+#[derive(Debug)]
+struct Checked {
+    blocks: Vec<bool>,
+    /// How many are not.
+    left: usize,
+}
+
+impl Checked {
+    fn new(blocks: u64) -> Self {
+        Self {
+            blocks: vec![false; blocks as usize],
+            left: blocks as usize,
+        }
+    }
+
+    fn set(&mut self, index: u64, right: bool) {
+        let Some(known) = self.blocks.get_mut(index as usize) else {
+            return;
+        };
+        match (std::mem::replace(known, right), right) {
+            (false, true) => self.left -= 1,
+            (true, false) => self.left += 1,
+            _ => {}
+        }
+    }
 }
 
 impl Version {
@@ -130,12 +159,19 @@ impl Version {
 
     fn new(data: File, index: File, identity: &Identity) -> Self {
         Self {
-            data,
+            data: Arc::new(data),
             index,
             entries: Entries::of(&identity.text),
             size: identity.size,
             touched: Mutex::new(Instant::now()),
+            checked: Mutex::new(Checked::new(identity.size.div_ceil(BLOCK_SIZE))),
         }
+    }
+
+    /// The object's bytes as a file, once this process has checked or written every block.
+    pub fn whole(&self) -> Option<Arc<File>> {
+        let whole = self.checked.lock().left == 0 && self.size > 0;
+        whole.then(|| Arc::clone(&self.data))
     }
 
     /// Whether it can still be found by its name.
@@ -218,9 +254,11 @@ impl Version {
                     index,
                     "a block of the disk cache is damaged; it is fetched again"
                 );
+                self.checked.lock().set(index, false);
                 self.index.write_all_at(&ABSENT, index * ENTRY_SIZE)?;
                 break;
             }
+            self.checked.lock().set(index, true);
             there -= block.len();
             blocks.push(Bytes::from(block));
         }
@@ -240,11 +278,16 @@ impl Version {
             entries.extend_from_slice(&self.entries.present(index, sum));
         }
         self.data.write_all_at(buffer, first * BLOCK_SIZE)?;
-        self.index.write_all_at(&entries, first * ENTRY_SIZE)
+        self.index.write_all_at(&entries, first * ENTRY_SIZE)?;
+        let mut checked = self.checked.lock();
+        for index in (first..).take(blocks.len()) {
+            checked.set(index, true);
+        }
+        Ok(())
     }
 
     /// Notes that it is in use, for whoever has to choose what is to go.
-    fn touch(&self) -> io::Result<()> {
+    pub fn touch(&self) -> io::Result<()> {
         {
             let mut touched = self.touched.lock();
             if touched.elapsed() < TOUCH {
