@@ -68,6 +68,7 @@ class WarmRead(Row):
         subprocess.run([RELEASE / "mlfs", "prefetch", mount.path / "big"], check=True,
                        stdout=subprocess.DEVNULL)
         # Whatever is below this machine's disk has it in its cache before either measurement.
+        drop_caches()
         read_through(self.data(mount), MIB)
 
     def data(self, mount):
