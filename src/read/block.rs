@@ -26,15 +26,18 @@ pub(super) struct Block {
 #[derive(Debug)]
 pub(super) struct Unread {
     counted: Arc<AtomicU64>,
+    /// Counts those that came and were let go of unread.
+    wasted: Arc<AtomicU64>,
     bytes: u64,
 }
 
 impl Unread {
     /// Counts `bytes` more.
-    pub fn new(counted: &Arc<AtomicU64>, bytes: u64) -> Self {
+    pub fn new(counted: &Arc<AtomicU64>, wasted: &Arc<AtomicU64>, bytes: u64) -> Self {
         counted.fetch_add(bytes, Ordering::Relaxed);
         Self {
             counted: Arc::clone(counted),
+            wasted: Arc::clone(wasted),
             bytes,
         }
     }
@@ -45,6 +48,7 @@ impl Unread {
         self.bytes -= bytes;
         Self {
             counted: Arc::clone(&self.counted),
+            wasted: Arc::clone(&self.wasted),
             bytes,
         }
     }
@@ -53,6 +57,14 @@ impl Unread {
 impl Drop for Unread {
     fn drop(&mut self) {
         self.counted.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(unread) = self.unread.get_mut() {
+            unread.wasted.fetch_add(unread.bytes, Ordering::Relaxed);
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
@@ -12,7 +12,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::block::{Block, Segments, Unread};
 use super::fetch::{Fetch, object_name};
 use super::look::Looking;
-use super::pattern::Pattern;
+use super::pattern::{Pattern, Strided};
 use super::plan::{Extents, Format, Plan};
 use super::{BLOCK_SIZE, Reader, Source};
 use crate::budget::{Class, Reservation};
@@ -47,6 +47,9 @@ enum Layout {
 struct State {
     source: Source,
     pattern: Pattern,
+    /// Bytes fetched ahead since windows were cut last, and let go of unread, that the pattern has
+    /// not been told of yet.
+    wasted: Arc<AtomicU64>,
     /// Fetches on their way, by first block; they never overlap.
     fetches: BTreeMap<u64, Arc<Fetch>>,
     layout: Layout,
@@ -86,6 +89,7 @@ impl ObjectReader {
             state: Mutex::new(State {
                 source,
                 pattern: Pattern::default(),
+                wasted: Arc::default(),
                 fetches: BTreeMap::new(),
                 layout,
                 looks: 0,
@@ -320,7 +324,19 @@ impl ObjectReader {
             _ => None,
         };
         let bound = extent.as_ref().map_or(self.size, |extent| extent.end);
-        let maximum = self.maximum_window();
+        let wasted = state.wasted.swap(0, Ordering::Relaxed);
+        if state.pattern.note_waste(&read, wasted) {
+            // What was fetched before the cut says nothing of the windows after it.
+            state.wasted = Arc::default();
+        }
+        let maximum = self.maximum_window().min(state.pattern.limit());
+        let inside = extent.clone().unwrap_or(0..self.size);
+        let pattern = &mut state.pattern;
+        if let Some(strided) = pattern.note_stride(&read, maximum, &inside, self.size) {
+            tracing::trace!(?read, ?strided, "stride");
+            self.run_ahead_in_steps(&mut state, &strided);
+            return;
+        }
         let mut ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
         // Not who comes from the tensor before: the kernel reads past the end of what was asked.
         let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
@@ -364,6 +380,32 @@ impl ObjectReader {
         state.pattern.asked(read.start, from);
     }
 
+    /// Fetches ahead of a strided reader, as far as permits and memory allow; never waits.
+    fn run_ahead_in_steps(self: &Arc<Self>, state: &mut State, strided: &Strided) {
+        for bytes in &strided.behind {
+            let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
+            self.reader.cache.remove(self.content, blocks);
+        }
+        let most = self.most_unread();
+        let rest = &strided.rest;
+        // Somebody reads that one already.
+        let whole = rest.end.saturating_sub(rest.start) <= REQUEST_SIZE;
+        let first = (rest, strided.step, whole);
+        let others = strided.requests.iter();
+        let others = others.map(|(bytes, step)| (bytes, *step, false));
+        for (bytes, step, demanded) in std::iter::once(first).chain(others) {
+            let mut from = bytes.start;
+            while from < bytes.end {
+                let to = (from + REQUEST_SIZE).min(bytes.end);
+                if !self.prefetch(state, from..to, most, demanded) {
+                    return;
+                }
+                from = to;
+            }
+            state.pattern.asked_stride(strided, step);
+        }
+    }
+
     /// Most bytes to run ahead of one stream: enough for every permitted request, within what all
     /// of them may.
     fn maximum_window(&self) -> u64 {
@@ -404,7 +446,7 @@ impl ObjectReader {
             };
             let fetch = Fetch::new(gap.clone());
             state.fetches.insert(gap.start, Arc::clone(&fetch));
-            let unread = Unread::new(&self.reader.unread, length);
+            let unread = Unread::new(&self.reader.unread, &state.wasted, length);
             let prefetch = Prefetch {
                 permit,
                 reservation,

@@ -5,10 +5,18 @@
 //! each MiB of a mapping backwards, several threads share a file, the kernel reads ahead out of
 //! order. A read near no stream starts a new one, with no window: the first touch of a place
 //! fetches what was asked and nothing more. Later the window follows what the stream has
-//! consumed, until it fills the wire.
+//! consumed, until it fills the wire. Who moves otherwise, but in equal steps, is for [`stride`];
+//! how large windows get here, seeing what was fetched in vain, for [`limit`].
+
+mod limit;
+mod stride;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+
+use limit::Limit;
+pub(super) use stride::Strided;
+use stride::Strides;
 
 /// Streams watched per object; the one touched longest ago gives way.
 const STREAMS: usize = 16;
@@ -17,8 +25,9 @@ const SLACK_AHEAD: u64 = 4 << 20;
 /// A read that starts this far behind a stream's front still belongs to it, bytes.
 const SLACK_BEHIND: u64 = 2 << 20;
 /// Nothing is fetched ahead before a stream has consumed more than this, bytes: a random read of
-/// a MiB arrives as several requests of the kernel's, and must not look like a stream. One that
-/// began at the first byte is hardly random: what the kernel reads around its first page is enough.
+/// a MiB arrives as several requests of the kernel's, and must not look like a stream. One that began
+/// at the first byte is hardly random: it is run ahead of, by what it has consumed, as soon as it
+/// has read more than the kernel does around the first page.
 const QUIET: u64 = 3 << 19;
 /// A stream that began in the middle may end soon (a tensor, a member of an archive): until it has
 /// consumed this much, bytes, it runs ahead by a quarter of what it consumed.
@@ -32,6 +41,10 @@ const EAGER: u64 = 4;
 /// The kernel reads around a page of a mapping that is touched, or ahead of it, this far at most,
 /// bytes: a stream that consumed no more of the tensor before begins where it goes on.
 const AROUND: u64 = 256 << 10;
+/// It must have read three quarters of what it has passed, though, and any other half of it: who
+/// leaves out more reads here and there.
+const DENSE_QUARTERS: u64 = 3;
+const SPARSE_QUARTERS: u64 = 2;
 /// Of so many streams that gave way, most must have been about as long for the next one to be
 /// expected to be, too. Not all: two that meet are one for a while.
 const ENDED: usize = 8;
@@ -41,14 +54,13 @@ const LONGEST_ALIKE: u64 = 8 << 20;
 
 #[derive(Clone, Debug)]
 struct Stream {
-    /// Whether it began at the object's first byte, or is inside of a tensor.
-    eager: bool,
+    /// Whether it is inside of a tensor.
+    inside: bool,
+    start: u64,
     /// The furthest byte read.
     front: u64,
     /// Bytes read since the stream began.
     consumed: u64,
-    /// Nothing is fetched ahead before it has consumed more than this, bytes.
-    quiet: u64,
     window: u64,
     /// Everything before this has been asked for ahead of time.
     asked: u64,
@@ -65,11 +77,29 @@ struct Stream {
 }
 
 impl Stream {
+    fn is_eager(&self) -> bool {
+        self.inside || self.is_from_the_start()
+    }
+
+    /// Whether it began at the object's first byte, and reads all of it so far.
+    fn is_from_the_start(&self) -> bool {
+        self.start == 0 && self.has_read(DENSE_QUARTERS)
+    }
+
+    /// Whether it has read at least so many quarters of what it has passed.
+    fn has_read(&self, quarters: u64) -> bool {
+        let passed = self.front.saturating_sub(self.start);
+        self.consumed >= passed / 4 * quarters
+    }
+
     /// How far its past says that it will go on, bytes.
     fn deserved(&self) -> u64 {
         match self.consumed {
-            consumed if consumed <= self.quiet => 0,
-            consumed if self.eager => consumed * EAGER,
+            consumed if consumed <= AROUND => 0,
+            consumed if consumed <= QUIET && self.is_from_the_start() => consumed,
+            consumed if consumed <= QUIET => 0,
+            consumed if self.is_eager() => consumed * EAGER,
+            _ if !self.has_read(SPARSE_QUARTERS) => 0,
             consumed if consumed <= CAUTIOUS => consumed / 4,
             consumed => consumed,
         }
@@ -93,16 +123,52 @@ pub(super) struct Ahead {
     pub whole: bool,
 }
 
-/// The streams of one object.
+/// The streams and strides of one object.
 #[derive(Debug, Default)]
 pub(super) struct Pattern {
     streams: Vec<Stream>,
+    strides: Strides,
+    limit: Limit,
     /// Bytes that the streams that gave way last had read, the last one at the end.
     ended: VecDeque<u64>,
     clock: u64,
 }
 
 impl Pattern {
+    /// Notes that `read` is asked for, and that `wasted` bytes, fetched ahead since the last cut,
+    /// were let go of unread; tells whether that makes for a cut.
+    pub fn note_waste(&mut self, read: &Range<u64>, wasted: u64) -> bool {
+        let windows = self.streams.iter().map(|stream| stream.window);
+        self.limit.note_window(windows.max().unwrap_or(0));
+        self.limit.note_read(read.end - read.start);
+        self.limit.note_waste(wasted)
+    }
+
+    /// How much may be fetched ahead at once, bytes, seeing what was wasted.
+    pub fn limit(&self) -> u64 {
+        self.limit.bytes()
+    }
+
+    /// Notes that `read` was asked for and, if it is one of a strided reader, says what to fetch
+    /// ahead of it: at most `maximum` bytes, not beyond `size`, and within `bound`, the tensor that
+    /// it is in, until the reader has left that. Everything else is to be noted as a stream's.
+    pub fn note_stride(
+        &mut self,
+        read: &Range<u64>,
+        maximum: u64,
+        bound: &Range<u64>,
+        size: u64,
+    ) -> Option<Strided> {
+        let strided = self.strides.note(read, maximum, bound, size)?;
+        self.limit.note_window(strided.window);
+        Some(strided)
+    }
+
+    /// Remembers up to which step the pieces of a strided reader have been asked for.
+    pub fn asked_stride(&mut self, strided: &Strided, step: i64) {
+        self.strides.asked(strided, step);
+    }
+
     /// Notes that `read` was asked for and says what to fetch ahead of it: at most `maximum` bytes
     /// beyond the read, not beyond `size`, and not beyond `bound`, where the thing that the read
     /// begins in ends, before the stream has passed that by more than readahead would.
@@ -130,7 +196,7 @@ impl Pattern {
         if first {
             stream.bound = bound;
         }
-        stream.eager |= bound < size;
+        stream.inside |= bound < size;
         stream.consumed += length;
         stream.front = stream.front.max(read.end);
         stream.touched = clock;
@@ -140,10 +206,14 @@ impl Pattern {
                 stream.bound = size;
             }
         }
-        stream.window = stream.window.max(stream.deserved()).min(maximum);
+        let window = stream.window.max(stream.deserved()).min(maximum);
+        // What it gets before may be a mistake.
+        if stream.consumed > QUIET {
+            stream.window = window;
+        }
         let from = stream.asked.max(stream.front);
         stream.expected = stream.expected.filter(|until| stream.front < *until);
-        let until = stream.front.saturating_add(stream.window).min(stream.bound);
+        let until = stream.front.saturating_add(window).min(stream.bound);
         // Not all of that may have been possible when it began.
         let to = stream
             .expected
@@ -155,7 +225,7 @@ impl Pattern {
         }
         Ahead {
             range: from.min(to)..to,
-            window: stream.window,
+            window,
             behind,
             first,
             whole: stream.expected.is_some(),
@@ -191,10 +261,10 @@ impl Pattern {
         expected: Option<u64>,
     ) {
         let stream = Stream {
-            eager: read.start == 0 || bound < size,
+            inside: bound < size,
+            start: read.start,
             front: read.end,
             consumed: read.end - read.start,
-            quiet: if read.start == 0 { AROUND } else { QUIET },
             window: 0,
             asked: read.end,
             bound: bound.max(read.end),
@@ -265,7 +335,7 @@ mod tests {
         };
         // The kernel's readahead of one page makes as much.
         assert!(ahead(0).is_empty() && ahead(1).is_empty());
-        assert_eq!(ahead(2), 3 * piece..15 * piece);
+        assert_eq!(ahead(2), 3 * piece..6 * piece);
     }
 
     #[test]
@@ -357,6 +427,41 @@ mod tests {
             }
         }
         assert!(window >= 16 * MIB);
+    }
+
+    #[test]
+    fn who_leaves_out_half_of_what_it_passes_is_no_stream() {
+        let mut pattern = Pattern::default();
+        let mut seed = 12345_u64;
+        let mut at = 0;
+        for _ in 0..1000 {
+            let ahead = pattern.note(at..at + MIB / 4, 64 * MIB, END, END);
+            assert!(ahead.range.is_empty());
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            at += MIB / 2 + (seed >> 16) % MIB;
+        }
+    }
+
+    #[test]
+    fn what_was_wasted_cuts_the_windows_of_all_streams() {
+        let mut pattern = Pattern::default();
+        let mut index = 0;
+        let mut go_on = |pattern: &mut Pattern, wasted| {
+            let read = index * MIB..(index + 1) * MIB;
+            index += 1;
+            pattern.note_waste(&read, wasted);
+            let most = pattern.limit().min(64 * MIB);
+            pattern.note(read, most, END, END).window
+        };
+        for _ in 0..100 {
+            go_on(&mut pattern, 0);
+        }
+        assert_eq!(go_on(&mut pattern, 0), 64 * MIB);
+        assert_eq!(go_on(&mut pattern, 64 * MIB), 32 * MIB);
+        for _ in 0..130 {
+            go_on(&mut pattern, 0);
+        }
+        assert_eq!(go_on(&mut pattern, 0), 64 * MIB);
     }
 
     #[test]
