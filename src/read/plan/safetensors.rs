@@ -3,19 +3,44 @@
 //! Source: the format's specification. Each tensor has `data_offsets`, relative to the header's
 //! end.
 
-use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
 
-use serde::Deserialize;
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::{Extents, LONGEST_INDEX, Plan};
 
 /// The header's length stands in this many bytes.
 pub(super) const LENGTH: usize = 8;
 
-#[derive(Deserialize)]
+#[derive(serde::Deserialize)]
 struct Tensor {
     data_offsets: Option<(u64, u64)>,
+}
+
+/// Where a header's tensors are, relative to its end. Names are not kept: a hostile header is
+/// nothing but names, and kept they take many times its bytes.
+struct Places(Vec<(u64, u64)>);
+
+impl<'de> Deserialize<'de> for Places {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self(Vec::new()))
+    }
+}
+
+impl<'de> Visitor<'de> for Places {
+    type Value = Self;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("tensors by name")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
+        while let Some((_, tensor)) = map.next_entry::<IgnoredAny, Tensor>()? {
+            self.0.extend(tensor.data_offsets);
+        }
+        Ok(self)
+    }
 }
 
 /// The layout of a file of `size` bytes that starts with `prefix`.
@@ -35,12 +60,11 @@ pub fn safetensors(size: u64, prefix: &[u8]) -> Plan {
     let Some(header) = prefix.get(LENGTH..start as usize) else {
         return Plan::Need(0..start);
     };
-    let Ok(tensors) = serde_json::from_slice::<HashMap<String, Tensor>>(header) else {
+    let Ok(Places(places)) = serde_json::from_slice(header) else {
         return Plan::Unsuitable("header is no JSON of tensors");
     };
-    let ranges: Option<Vec<Range<u64>>> = tensors
-        .values()
-        .filter_map(|tensor| tensor.data_offsets)
+    let ranges: Option<Vec<Range<u64>>> = places
+        .into_iter()
         .map(|(from, to)| Some(start.checked_add(from)?..start.checked_add(to)?))
         .collect();
     match ranges.and_then(|ranges| Extents::new(ranges, size)) {
@@ -100,6 +124,9 @@ mod tests {
             r#"{"a":{"data_offsets":[8,0]}}"#,
             r#"{"a":{"data_offsets":[0,18446744073709551615]}}"#,
             r#"{"a":{"data_offsets":[0,8]},"b":{"data_offsets":[4,12]}}"#,
+            r#"{"a":{"data_offsets":[0,8]},"a":{"data_offsets":[0,8]}}"#,
+            r#"{"a":{"data_offsets":[0,8]}"#,
+            r#"{"a":[0,8]}{"#,
         ] {
             let bytes = file(header);
             let plan = safetensors(bytes.len() as u64 + 64, &bytes);
