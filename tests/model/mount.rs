@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use mlfs::budget::Budget;
 use mlfs::catalog::Catalog;
-use mlfs::read::{ReadOptions, Reader};
+use mlfs::read::{DiskOptions, ReadOptions, Reader};
 use mlfs::store::Stores;
 use mlfs::store::s3::S3Settings;
 use mlfs::tracking::{Lifecycle, Page, Run, Tracking, TrackingResult};
@@ -92,23 +92,33 @@ pub fn stores(endpoint: &str) -> Arc<Stores> {
 pub struct Mount {
     pub vfs: Arc<Vfs>,
     pub writer: Arc<Writer>,
+    #[allow(dead_code, reason = "not every test looks at it")]
+    pub reader: Arc<Reader>,
     run: String,
     lookups: HashMap<Inode, u64>,
 }
 
 impl Mount {
     pub fn new(stores: &Arc<Stores>, spill: &Path, run: &str, ttl: Duration) -> Self {
+        let memory = Budget::new(MEMORY, 0, READ_FLOOR, TRANSFER_FLOOR);
+        Self::with(stores, spill, run, ttl, memory, None)
+    }
+
+    pub fn with(
+        stores: &Arc<Stores>,
+        spill: &Path,
+        run: &str,
+        ttl: Duration,
+        memory: Arc<Budget>,
+        disk: Option<DiskOptions>,
+    ) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let shared: Arc<Stores> = Arc::clone(stores);
         let catalog = Catalog::new(Arc::new(AnyRun), shared, Duration::MAX);
-        let memory = Budget::new(MEMORY, 0, READ_FLOOR, TRANSFER_FLOOR);
         let reader = Reader::new(
             Arc::clone(&memory),
             runtime.clone(),
-            ReadOptions {
-                transfers: 4,
-                disk: None,
-            },
+            ReadOptions { transfers: 4, disk },
         );
         let spill = Spill::open(spill, SPILL).expect("a spill directory");
         let options = WriteOptions {
@@ -135,7 +145,7 @@ impl Mount {
         let vfs = Vfs::new(
             catalog,
             stores,
-            reader,
+            Arc::clone(&reader),
             Arc::clone(&writer),
             runtime,
             options,
@@ -143,6 +153,7 @@ impl Mount {
         Self {
             vfs,
             writer,
+            reader,
             run: run.to_owned(),
             lookups: HashMap::new(),
         }
