@@ -328,7 +328,11 @@ impl<'a> Driver<'a> {
                 continue;
             };
             let (vfs, handle) = (Arc::clone(&self.mount.vfs), slot.handle);
-            let task = tokio::spawn(async move { vfs.read(handle, read.at, read.length).await });
+            // Copied at once: what is not let go of keeps its memory.
+            let task = tokio::spawn(async move {
+                let segments = vfs.read(handle, read.at, read.length).await?;
+                Ok(segments.pieces().concat())
+            });
             tasks.push((read, task));
         }
         if held {
@@ -340,7 +344,7 @@ impl<'a> Driver<'a> {
         self.lab.s3.release(Kind::Get);
         for (read, task) in tasks {
             let outcome = task.await.map_err(|error| error.to_string())?;
-            self.check(&read, outcome.map(|segments| segments.pieces().concat()))?;
+            self.check(&read, outcome)?;
         }
         Ok(())
     }
