@@ -8,6 +8,8 @@ mod harness;
 
 #[path = "versions/content.rs"]
 mod content;
+#[path = "versions/crowd.rs"]
+mod crowd;
 #[path = "versions/damage.rs"]
 mod damage;
 #[path = "versions/driver.rs"]

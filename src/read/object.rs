@@ -16,7 +16,7 @@ use super::pattern::{Pattern, Strided};
 use super::plan::{Extents, Format, Plan};
 use super::{BLOCK_SIZE, Reader, Source};
 use crate::budget::{Class, Reservation};
-use crate::store::StoreResult;
+use crate::store::{StoreError, StoreResult};
 
 /// Bytes of one prefetch request at most: long enough that the time to the first byte does not
 /// matter on a connection of 90 MB/s, short enough that 16 of them fit a small budget.
@@ -59,12 +59,21 @@ struct State {
     begun: Option<u64>,
 }
 
-/// What a prefetch needs.
-struct Prefetch {
+/// What a fetch brings that nobody waits for.
+struct Ahead {
     /// None where somebody waits for its first bytes.
     permit: Option<OwnedSemaphorePermit>,
-    reservation: Reservation,
     unread: Unread,
+}
+
+/// All the blocks of a read, there or on their way with memory of their own: who holds this waits
+/// for no memory.
+#[derive(Default)]
+struct Gathered {
+    /// Blocks that are there, by index, in order.
+    there: Vec<(u64, Arc<Block>)>,
+    /// Fetches of all others.
+    waiting: Vec<Arc<Fetch>>,
 }
 
 /// Reads one version of one object; never a byte of another.
@@ -148,16 +157,22 @@ impl ObjectReader {
             return Ok(segments);
         }
         let wanted = self.demand(offset..end);
-        let mut segments = Segments::default();
-        let mut waiting = self.plan_fetches(wanted.clone());
+        let mut gathered = self.gather(wanted.clone()).await;
         self.run_ahead(offset..end);
-        for index in offset / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE) {
-            let block = self.block(index, &mut waiting).await?;
-            let start = index * BLOCK_SIZE;
-            let from = offset.max(start) - start;
-            let to = end.min(start + BLOCK_SIZE) - start;
-            segments.push_block(&block, from..to);
-        }
+        let mut failures = BTreeMap::new();
+        let segments = loop {
+            let (index, error) = match self.collect(&gathered, offset..end).await {
+                Ok(segments) => break segments,
+                Err(failure) => failure,
+            };
+            let attempts: &mut usize = failures.entry(index).or_default();
+            *attempts += 1;
+            if *attempts >= ATTEMPTS || !error.is_transient() {
+                return Err(error);
+            }
+            drop(gathered);
+            gathered = self.gather(wanted.clone()).await;
+        };
         self.learn_layout();
         self.note_served(end - offset);
         Ok(segments)
@@ -192,72 +207,114 @@ impl ObjectReader {
         range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE)
     }
 
-    async fn block(
-        self: &Arc<Self>,
-        index: u64,
-        waiting: &mut Vec<Arc<Fetch>>,
-    ) -> StoreResult<Arc<Block>> {
-        let mut attempts = 0;
-        loop {
-            if let Some(block) = self.reader.cache.get(self.content, index) {
-                return Ok(block);
-            }
-            let fetch = waiting
-                .iter()
-                .find(|fetch| fetch.blocks.contains(&index))
-                .cloned();
-            let Some(fetch) = fetch else {
-                // Evicted between planning and now.
-                *waiting = self.plan_fetches(index..index + 1);
-                continue;
-            };
-            match fetch.block(index).await {
-                Ok(block) => return Ok(block),
-                Err(error) => {
-                    attempts += 1;
-                    if attempts >= ATTEMPTS || !error.is_transient() {
-                        return Err(error);
-                    }
-                    waiting.retain(|other| !Arc::ptr_eq(other, &fetch));
+    /// The bytes of `range`, as they come; or which block did not, and why.
+    async fn collect(
+        &self,
+        gathered: &Gathered,
+        range: Range<u64>,
+    ) -> Result<Segments, (u64, StoreError)> {
+        let mut segments = Segments::default();
+        let mut there = gathered.there.iter().peekable();
+        for index in range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE) {
+            while there.next_if(|(other, _)| *other < index).is_some() {}
+            let block = match there.next_if(|(other, _)| *other == index) {
+                Some((_, block)) => Arc::clone(block),
+                None => {
+                    let fetched = self.fetched(gathered, index).await;
+                    fetched.map_err(|error| (index, error))?
                 }
+            };
+            let start = index * BLOCK_SIZE;
+            let from = range.start.max(start) - start;
+            let to = range.end.min(start + BLOCK_SIZE) - start;
+            segments.push_block(&block, from..to);
+        }
+        Ok(segments)
+    }
+
+    /// A block that is on its way.
+    async fn fetched(&self, gathered: &Gathered, index: u64) -> StoreResult<Arc<Block>> {
+        if let Some(block) = self.reader.cache.get(self.content, index) {
+            return Ok(block);
+        }
+        let mut waiting = gathered.waiting.iter();
+        match waiting.find(|fetch| fetch.blocks.contains(&index)) {
+            Some(fetch) => fetch.block(index).await,
+            None => unreachable!("every block is there or on its way"),
+        }
+    }
+
+    /// Makes sure that every block of `blocks` is there or on its way; starts what is not.
+    ///
+    /// It holds nothing while it waits for memory: those who hold some of what they need, and wait
+    /// for the rest, would wait for each other.
+    async fn gather(self: &Arc<Self>, blocks: Range<u64>) -> Gathered {
+        let budget = &self.reader.budget;
+        let mut reserved: Option<Reservation> = None;
+        let mut most = 0;
+        loop {
+            {
+                let mut state = self.state.lock();
+                let mut gathered = Gathered::default();
+                let gaps = self.gaps(&state, blocks.clone(), Some(&mut gathered));
+                if gaps.is_empty() {
+                    return gathered;
+                }
+                let bytes: u64 = gaps.iter().map(|gap| self.bytes_of(gap)).sum();
+                // What it waited for is as much as it can ever have.
+                let waited = reserved.take().filter(|_| bytes <= most);
+                let reservation = match waited {
+                    Some(reservation) => Some(reservation),
+                    None => budget.try_reserve(Class::Read, bytes),
+                };
+                if let Some(mut reservation) = reservation {
+                    for gap in gaps {
+                        let fetch = Fetch::new(gap.clone());
+                        state.fetches.insert(gap.start, Arc::clone(&fetch));
+                        let own = reservation.split(self.bytes_of(&gap));
+                        self.start(Arc::clone(&fetch), state.source.clone(), own, None);
+                        gathered.waiting.push(fetch);
+                    }
+                    return gathered;
+                }
+                most = bytes.max(most);
             }
+            reserved = Some(budget.reserve(Class::Read, most).await);
         }
     }
 
-    /// Makes sure that every block of `blocks` is in the cache or on its way; starts what is not.
-    /// Returns the fetches to wait for.
-    fn plan_fetches(self: &Arc<Self>, blocks: Range<u64>) -> Vec<Arc<Fetch>> {
-        let mut waiting = Vec::new();
-        let mut state = self.state.lock();
-        for gap in self.gaps(&state, blocks, Some(&mut waiting)) {
-            let fetch = Fetch::new(gap.clone());
-            state.fetches.insert(gap.start, Arc::clone(&fetch));
-            self.start(Arc::clone(&fetch), state.source.clone(), None);
-            waiting.push(fetch);
-        }
-        waiting
-    }
-
-    /// The runs of `blocks` that are neither cached nor on their way; those on their way are
-    /// added to `waiting`.
+    /// The runs of `blocks` that are neither cached nor on their way; the others are added to
+    /// `gathered`.
     fn gaps(
         &self,
         state: &State,
         blocks: Range<u64>,
-        mut waiting: Option<&mut Vec<Arc<Fetch>>>,
+        mut gathered: Option<&mut Gathered>,
     ) -> Vec<Range<u64>> {
         let mut gaps: Vec<Range<u64>> = Vec::new();
         let mut index = blocks.start;
         while index < blocks.end {
             if let Some(fetch) = state.on_its_way(index) {
                 let next = fetch.blocks.end;
-                if let Some(waiting) = waiting.as_deref_mut() {
-                    waiting.push(fetch);
+                if let Some(gathered) = gathered.as_deref_mut() {
+                    gathered.waiting.push(fetch);
                 }
                 index = next;
                 continue;
             }
-            if !self.reader.cache.contains(self.content, index) {
+            let cache = &self.reader.cache;
+            let is_there = match gathered.as_deref_mut() {
+                Some(gathered) => {
+                    let block = cache.get(self.content, index);
+                    gathered.there.extend(block.map(|block| (index, block)));
+                    gathered
+                        .there
+                        .last()
+                        .is_some_and(|(last, _)| *last == index)
+                }
+                None => cache.contains(self.content, index),
+            };
+            if !is_there {
                 match gaps.last_mut() {
                     Some(gap) if gap.end == index => gap.end += 1,
                     _ => gaps.push(index..index + 1),
@@ -272,24 +329,22 @@ impl ObjectReader {
         (blocks.end * BLOCK_SIZE).min(self.size) - blocks.start * BLOCK_SIZE
     }
 
-    /// Starts a fetch that stands in the table already. A prefetch brings its permit and its
-    /// reservation; a demand waits for its reservation, for somebody waits for it.
-    fn start(self: &Arc<Self>, fetch: Arc<Fetch>, source: Source, prefetch: Option<Prefetch>) {
+    /// Starts a fetch that stands in the table already, with memory for all of it.
+    fn start(
+        self: &Arc<Self>,
+        fetch: Arc<Fetch>,
+        source: Source,
+        reservation: Reservation,
+        ahead: Option<Ahead>,
+    ) {
         let this = Arc::clone(self);
         self.reader.runtime.spawn(async move {
             let reader = &this.reader;
-            let bytes = this.bytes_of(&fetch.blocks);
-            let (permit, reservation, unread, asked) = match prefetch {
-                Some(prefetch) => (
-                    prefetch.permit,
-                    prefetch.reservation,
-                    Some(prefetch.unread),
-                    &reader.metrics.bytes_prefetched,
-                ),
-                None => {
-                    let reservation = reader.budget.reserve(Class::Read, bytes).await;
-                    (None, reservation, None, &reader.metrics.bytes_demanded)
+            let (permit, unread, asked) = match ahead {
+                Some(Ahead { permit, unread }) => {
+                    (permit, Some(unread), &reader.metrics.bytes_prefetched)
                 }
+                None => (None, None, &reader.metrics.bytes_demanded),
             };
             tracing::trace!(blocks = ?fetch.blocks, ahead = unread.is_some(), "fetch");
             let outcome = fetch
@@ -447,12 +502,8 @@ impl ObjectReader {
             let fetch = Fetch::new(gap.clone());
             state.fetches.insert(gap.start, Arc::clone(&fetch));
             let unread = Unread::new(&self.reader.unread, &state.wasted, length);
-            let prefetch = Prefetch {
-                permit,
-                reservation,
-                unread,
-            };
-            self.start(fetch, state.source.clone(), Some(prefetch));
+            let ahead = Ahead { permit, unread };
+            self.start(fetch, state.source.clone(), reservation, Some(ahead));
         }
         true
     }
