@@ -1,6 +1,6 @@
 //! As much of an MLflow tracking server as a mount needs, for tests without a real one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,6 +22,8 @@ use tokio::runtime::Runtime;
 struct State {
     /// Run id → artifact URI.
     runs: Mutex<BTreeMap<String, String>>,
+    /// Ids of the runs that have ended; the others go on.
+    finished: Mutex<BTreeSet<String>>,
     /// Answer everything with this status.
     broken: Mutex<Option<u16>>,
     requests: Mutex<Vec<String>>,
@@ -63,6 +65,11 @@ impl TrackingServer {
             .runs
             .lock()
             .insert(run_id.to_owned(), artifact_uri.to_owned());
+    }
+
+    /// The run has ended well.
+    pub fn finish_run(&self, run_id: &str) {
+        self.state.finished.lock().insert(run_id.to_owned());
     }
 
     pub fn remove_run(&self, run_id: &str) {
@@ -148,7 +155,7 @@ fn answer(state: &State, path: &str, query: &str, body: &[u8]) -> (u16, Value) {
                 .iter()
                 .skip(from)
                 .take(most)
-                .map(|(id, uri)| run(id, uri))
+                .map(|(id, uri)| run(state, id, uri))
                 .collect();
             let next = from + page.len();
             let mut answer = json!({"runs": page});
@@ -163,7 +170,7 @@ fn answer(state: &State, path: &str, query: &str, body: &[u8]) -> (u16, Value) {
                 .find_map(|pair| pair.strip_prefix("run_id="));
             let runs = state.runs.lock();
             match id.and_then(|id| Some((id, runs.get(id)?))) {
-                Some((id, uri)) => (200, json!({"run": run(id, uri)})),
+                Some((id, uri)) => (200, json!({"run": run(state, id, uri)})),
                 None => (
                     404,
                     json!({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}),
@@ -177,7 +184,8 @@ fn answer(state: &State, path: &str, query: &str, body: &[u8]) -> (u16, Value) {
     }
 }
 
-fn run(id: &str, artifact_uri: &str) -> Value {
+fn run(state: &State, id: &str, artifact_uri: &str) -> Value {
+    let finished = state.finished.lock().contains(id);
     json!({
         "info": {
             "run_id": id,
@@ -185,8 +193,9 @@ fn run(id: &str, artifact_uri: &str) -> Value {
             "experiment_id": "0",
             "artifact_uri": artifact_uri,
             "lifecycle_stage": "active",
-            "status": "RUNNING",
+            "status": if finished { "FINISHED" } else { "RUNNING" },
             "start_time": 1_700_000_000_000_u64,
+            "end_time": finished.then_some(1_700_000_100_000_u64),
         },
         "data": {},
     })

@@ -167,7 +167,8 @@ impl Operations {
         let mut count = 0;
         let mut last = String::new();
         let mut truncated = false;
-        for (key, object) in bucket.range(prefix.clone()..) {
+        let start = if after > prefix { &after } else { &prefix };
+        for (key, object) in bucket.range(start.clone()..) {
             if !key.starts_with(&prefix) {
                 break;
             }

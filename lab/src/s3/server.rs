@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -72,6 +73,8 @@ struct Shared {
     faults: Faults,
     /// Kinds whose requests wait, and the word that they may go on.
     gates: Mutex<HashSet<Kind>>,
+    /// Listings wait that ask for a further page.
+    holds_further_pages: AtomicBool,
     released: Notify,
     /// How many requests are served at once; the others are refused.
     served_at_once: Mutex<Option<Arc<Semaphore>>>,
@@ -110,6 +113,7 @@ impl S3Server {
             counter,
             faults: Faults::default(),
             gates: Mutex::default(),
+            holds_further_pages: AtomicBool::new(false),
             released: Notify::new(),
             served_at_once: Mutex::default(),
         });
@@ -149,6 +153,21 @@ impl S3Server {
 
     pub fn release(&self, kind: Kind) {
         self.shared.gates.lock().remove(&kind);
+        self.shared.released.notify_waiters();
+    }
+
+    /// Listings that ask for another page than the first wait until
+    /// [`Self::release_further_pages`].
+    pub fn hold_further_pages(&self) {
+        self.shared
+            .holds_further_pages
+            .store(true, Ordering::SeqCst);
+    }
+
+    pub fn release_further_pages(&self) {
+        self.shared
+            .holds_further_pages
+            .store(false, Ordering::SeqCst);
         self.shared.released.notify_waiters();
     }
 
@@ -319,7 +338,7 @@ async fn serve(
     let Ok(_place) = place else {
         return Ok(Failure(503, "SlowDown".to_owned()).answer());
     };
-    wait_at_gate(shared, kind).await;
+    wait_at_gate(shared, kind, asked).await;
     if !shared.options.first_byte.is_zero() {
         tokio::time::sleep(shared.options.first_byte).await;
     }
@@ -359,12 +378,14 @@ fn place(shared: &Shared) -> Result<Option<OwnedSemaphorePermit>, TryAcquireErro
     }
 }
 
-async fn wait_at_gate(shared: &Shared, kind: Kind) {
+async fn wait_at_gate(shared: &Shared, kind: Kind, asked: &Asked) {
+    let is_further_page = asked.query.contains_key("continuation-token");
     loop {
         let released = shared.released.notified();
         tokio::pin!(released);
         released.as_mut().enable();
-        if !shared.gates.lock().contains(&kind) {
+        let held = is_further_page && shared.holds_further_pages.load(Ordering::SeqCst);
+        if !held && !shared.gates.lock().contains(&kind) {
             return;
         }
         released.await;
