@@ -43,36 +43,23 @@ impl S3Store {
             .await
             .map_err(|error| translate(self.object(prefix), error))?;
         let encoded = answer.encoding_type() == Some(&EncodingType::Url);
-        let decode = |key: &str| {
-            if encoded {
-                decode_key(key)
-            } else {
-                key.to_owned()
-            }
-        };
-        let objects = answer
-            .contents()
-            .iter()
-            .filter_map(|object| {
-                Some(ObjectMeta {
-                    key: decode(object.key()?),
-                    size: u64::try_from(object.size().unwrap_or(0)).unwrap_or(0),
-                    etag: object.e_tag().map(ETag::new),
-                    modified: object.last_modified().and_then(time),
-                })
-            })
-            .collect();
-        let prefixes = answer
-            .common_prefixes()
-            .iter()
-            .filter_map(|it| it.prefix())
-            .map(decode)
-            .collect();
+        let decode = |key: String| if encoded { decode_key(key) } else { key };
         let truncated = answer.is_truncated() == Some(true);
+        let objects = answer.contents.unwrap_or_default().into_iter();
+        let objects = objects.filter_map(|object| {
+            Some(ObjectMeta {
+                key: decode(object.key?),
+                size: u64::try_from(object.size.unwrap_or(0)).unwrap_or(0),
+                etag: object.e_tag.map(ETag::new),
+                modified: object.last_modified.as_ref().and_then(time),
+            })
+        });
+        let prefixes = answer.common_prefixes.unwrap_or_default().into_iter();
+        let prefixes = prefixes.filter_map(|it| it.prefix).map(decode);
         let next = answer.next_continuation_token.filter(|_| truncated);
         Ok(ListPage {
-            objects,
-            prefixes,
+            objects: objects.collect(),
+            prefixes: prefixes.collect(),
             next,
         })
     }

@@ -54,7 +54,10 @@ pub(super) fn decode_crc(text: &str) -> Option<u32> {
 }
 
 /// `encoding-type=url` writes a space as `+`.
-pub(super) fn decode_key(key: &str) -> String {
+pub(super) fn decode_key(key: String) -> String {
+    if !key.contains(['%', '+']) {
+        return key;
+    }
     percent_decode_str(&key.replace('+', " "))
         .decode_utf8_lossy()
         .into_owned()
