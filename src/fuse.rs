@@ -7,6 +7,7 @@ mod answer;
 mod backing;
 mod callbacks;
 mod convert;
+mod listing;
 mod mount;
 
 pub use mount::{FuseOptions, Mounted, mount, unmount_path};

@@ -4,21 +4,22 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use tokio::runtime::Handle;
 
 use super::answer::{Answering, attr, done, entry};
 use super::backing::{self, Backing};
-use super::convert::{access, attributes, file_type, open_flags};
-use crate::vfs::{EntryAttributes, Inode, Listed, Opened, RenameMode, Vfs, WriteOutcome};
+use super::convert::{access, attributes, open_flags};
+use super::listing::{list, listed, listed_plus};
+use crate::vfs::{EntryAttributes, Opened, RenameMode, Vfs, WriteOutcome};
 
 /// Requests the kernel may have in flight beyond those somebody waits for (readahead).
 const BACKGROUND: u16 = 64;
@@ -386,27 +387,10 @@ impl Filesystem for Callbacks {
         inode: INodeNo,
         handle: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectory,
+        reply: ReplyDirectory,
     ) {
-        let vfs = Arc::clone(&self.answering.vfs);
-        let from = (offset as usize).saturating_sub(DOTS);
-        let call = |vfs: Arc<Vfs>| async move { vfs.read_directory(handle.0, from).await };
-        let answer = move |outcome: Result<Vec<Listed>, Errno>| match outcome {
-            Err(errno) => reply.error(errno),
-            Ok(batch) => {
-                let mut full = false;
-                for (position, name, inode) in dots(&vfs, inode.0, offset) {
-                    full = full || reply.add(INodeNo(inode), position, FileType::Directory, name);
-                }
-                for (index, listed) in batch.iter().enumerate() {
-                    let position = (from + index + 1 + DOTS) as u64;
-                    let kind = file_type(listed.entry.kind());
-                    // Numbers of what nobody looked up are not known, nor needed.
-                    full = full || reply.add(UNKNOWN, position, kind, &listed.name);
-                }
-                reply.ok();
-            }
-        };
+        let call = list(handle, offset);
+        let answer = listed(Arc::clone(&self.answering.vfs), inode, offset, reply);
         self.answering.call("readdir", inode.0, call, answer);
     }
 
@@ -416,52 +400,10 @@ impl Filesystem for Callbacks {
         inode: INodeNo,
         handle: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectoryPlus,
+        reply: ReplyDirectoryPlus,
     ) {
-        let vfs = Arc::clone(&self.answering.vfs);
-        let from = (offset as usize).saturating_sub(DOTS);
-        let call = |vfs: Arc<Vfs>| async move { vfs.read_directory(handle.0, from).await };
-        let answer = move |outcome: Result<Vec<Listed>, Errno>| match outcome {
-            Err(errno) => reply.error(errno),
-            Ok(batch) => {
-                let mut full = false;
-                for (position, name, dot) in dots(&vfs, inode.0, offset) {
-                    let Ok(entry) = vfs.attributes(dot) else {
-                        continue;
-                    };
-                    let told = attributes(&entry.attributes);
-                    full = full
-                        || reply.add(
-                            INodeNo(dot),
-                            position,
-                            name,
-                            &Duration::ZERO,
-                            &told,
-                            Generation(0),
-                        );
-                }
-                for (index, listed) in batch.iter().enumerate() {
-                    if full {
-                        break;
-                    }
-                    let position = (from + index + 1 + DOTS) as u64;
-                    let Ok(entry) = vfs.listed_attributes(inode.0, listed) else {
-                        continue;
-                    };
-                    let told = attributes(&entry.attributes);
-                    full = reply.add(
-                        told.ino,
-                        position,
-                        &listed.name,
-                        &entry.ttl,
-                        &told,
-                        Generation(0),
-                    );
-                    vfs.accept_listed(told.ino.0, !full);
-                }
-                reply.ok();
-            }
-        };
+        let call = list(handle, offset);
+        let answer = listed_plus(Arc::clone(&self.answering.vfs), inode, offset, reply);
         self.answering.call("readdir", inode.0, call, answer);
     }
 
@@ -581,16 +523,4 @@ impl Filesystem for Callbacks {
             done(reply),
         );
     }
-}
-
-/// `.` and `..` come first, at positions 1 and 2.
-const DOTS: usize = 2;
-/// An inode number for entries that have none yet; the kernel only hands it on to `readdir`.
-const UNKNOWN: INodeNo = INodeNo(0xffff_ffff);
-
-fn dots(vfs: &Vfs, inode: Inode, offset: u64) -> Vec<(u64, &'static str, Inode)> {
-    let all = [(1, ".", inode), (2, "..", vfs.parent(inode))];
-    all.into_iter()
-        .filter(|(position, _, _)| *position > offset)
-        .collect()
 }

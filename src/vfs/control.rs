@@ -60,6 +60,8 @@ pub struct Status {
     /// Requests by kind and bytes each way, as the stores count them.
     pub store: serde_json::Value,
     pub inodes: usize,
+    /// Names that directories are known to hold.
+    pub names: usize,
 }
 
 impl Vfs {
@@ -105,6 +107,10 @@ impl Vfs {
     }
 
     pub fn status(&self) -> Status {
+        let (inodes, names) = {
+            let tree = self.tree.lock();
+            (tree.len(), tree.names())
+        };
         let budget = |budget: &crate::budget::Budget| BudgetStatus {
             limit: budget.limit(),
             used: budget.used(),
@@ -134,7 +140,8 @@ impl Vfs {
                 disk: self.reader.disk_status(),
             },
             store: self.stores.metrics(),
-            inodes: self.tree.lock().len(),
+            inodes,
+            names,
         }
     }
 

@@ -1,16 +1,15 @@
 //! Resolving names: from what is known where that is fresh, from the store where it is not.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::directory::{Entry, Lookup};
+use super::directory::{Entry, Lookup, Name};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
-use super::names::{self, entries};
+use super::names;
 use super::tree::{CONTROL, CONTROLS, DirectoryNode, Inode, Kind, ROOT, Tree};
 use super::{EntryAttributes, Vfs};
 use crate::catalog::RunEntry;
@@ -25,7 +24,7 @@ const POINT_LOOKUP_KEYS: u32 = 100;
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub inode: Inode,
-    pub run_id: String,
+    pub run_id: Name,
     pub directory: Arc<DirectoryNode>,
     pub location: Location,
     /// The path below the run, without slashes at its ends.
@@ -170,53 +169,38 @@ impl Vfs {
         })
     }
 
-    /// Asks the store for one name: with the whole directory where that is one page, singly where
-    /// it is not.
+    /// Asks the store for one name: with the whole directory where that is one page and will be
+    /// believed, singly where not.
     async fn ask(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
         let ttl = self.options.metadata_ttl;
-        {
+        if !ttl.is_zero() {
             let _gate = place.directory.gate.lock().await;
             let known = place.directory.names.lock().lookup(name, ttl);
             if known != Lookup::Unknown {
                 return Ok(known);
             }
             let large = place.directory.names.lock().is_large(ttl);
-            if !large && let Some(found) = self.ask_page(place, name).await? {
-                return Ok(found);
+            if !large {
+                let found = self.ask_page(place, name).await?;
+                if found != Lookup::Unknown {
+                    return Ok(found);
+                }
             }
         }
         self.ask_point(place, name).await
     }
 
-    async fn ask_page(&self, place: &Place, name: &str) -> VfsResult<Option<Lookup>> {
-        let prefix = place.prefix();
-        let begun = Instant::now();
-        place.directory.names.lock().begin_listing();
-        let page = place.location.store.list(&prefix, true, None, None).await;
+    async fn ask_page(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
+        let listing = self.begin_listing(place);
+        let page = listing.page(None).await?;
         let mut names = place.directory.names.lock();
-        let page = match page {
-            Ok(page) => page,
-            Err(error) => {
-                names.end_listing(begun, None);
-                return Err(error.into());
-            }
-        };
-        let mut listed = entries(&prefix, &page);
-        if page.next.is_none() {
-            names.overlay(&mut listed);
-            let answer = answer(&listed, name, begun);
-            names.end_listing(begun, Some(listed));
-            return Ok(Some(answer));
+        match page.next {
+            None => names.note_complete(listing.begun),
+            Some(_) => names.note_large(listing.begun),
         }
-        names.overlay(&mut listed);
-        for (listed_name, entry) in &listed {
-            names.note(listed_name, Some(entry.clone()), begun);
-        }
-        names.end_listing(begun, None);
-        names.note_large(begun);
-        Ok(listed
-            .get(name)
-            .map(|entry| Lookup::Found(entry.clone(), begun)))
+        let found = names.since(name, listing.begun);
+        drop(names);
+        Ok(found)
     }
 
     async fn ask_point(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
@@ -227,13 +211,15 @@ impl Vfs {
         let page = store
             .list(&key, true, None, Some(POINT_LOOKUP_KEYS))
             .await?;
-        let listed = entries(&place.prefix(), &page);
-        let mut entry = listed.get(name).cloned();
         let passed = page.objects.iter().any(|object| object.key > below)
             || page
                 .prefixes
                 .iter()
                 .any(|prefix| prefix.as_str() >= below.as_str());
+        let listed = names::entries(&place.prefix(), page.objects, &page.prefixes);
+        let mut entry = listed
+            .into_iter()
+            .find_map(|(listed, entry)| (*listed == *name).then_some(entry));
         if page.next.is_some() && !passed && entry != Some(Entry::Directory) {
             let page = store.list(&below, true, None, Some(1)).await?;
             if !page.objects.is_empty() || !page.prefixes.is_empty() {
@@ -241,8 +227,8 @@ impl Vfs {
             }
         }
         let mut names = place.directory.names.lock();
-        names.note(name, entry, begun);
-        Ok(names.lookup(name, Duration::MAX))
+        names.note(name, entry, begun, self.options.metadata_ttl);
+        Ok(names.since(name, begun))
     }
 
     fn run_node(&self, run: RunEntry) -> Inode {
@@ -253,44 +239,34 @@ impl Vfs {
     /// The node of something the store has.
     pub(super) fn node(&self, parent: Inode, name: &str, entry: &Entry) -> Inode {
         let mut tree = self.tree.lock();
-        store_node(&mut tree, parent, name, entry)
+        store_node(&mut tree, parent, name.into(), entry)
     }
+}
 
-    /// The node of something a listing showed.
-    pub(super) fn listed_node(&self, parent: Inode, listed: &super::Listed) -> Inode {
-        if parent == CONTROL
-            && let Some(inode) = control_node(&listed.name)
-        {
-            return inode;
-        }
-        let mut tree = self.tree.lock();
-        match &listed.run {
-            Some(run) => run_node(&mut tree, run.clone()),
-            None => {
-                let local = tree.child(parent, &listed.name).and_then(|(inode, node)| {
-                    let counts = match &node.kind {
-                        Kind::File(file) => file.is_dirty(),
-                        _ => exists_locally(&tree, inode),
-                    };
-                    counts.then_some(inode)
-                });
-                local.unwrap_or_else(|| store_node(&mut tree, parent, &listed.name, &listed.entry))
-            }
-        }
+/// The node of something a listing showed.
+pub(super) fn listed_node(tree: &mut Tree, parent: Inode, listed: &super::Listed) -> Inode {
+    if parent == CONTROL
+        && let Some(inode) = control_node(&listed.name)
+    {
+        return inode;
     }
+    if let Some(run) = &listed.run {
+        return run_node(tree, (**run).clone());
+    }
+    let local = tree.child(parent, &listed.name).and_then(|(inode, node)| {
+        let counts = match &node.kind {
+            Kind::File(file) => file.is_dirty(),
+            _ => exists_locally(tree, inode),
+        };
+        counts.then_some(inode)
+    });
+    local.unwrap_or_else(|| store_node(tree, parent, Arc::clone(&listed.name), &listed.entry))
 }
 
 /// The inode of a file in `.mlfs`.
 fn control_node(name: &str) -> Option<Inode> {
     let mut controls = CONTROLS.into_iter();
     controls.find_map(|(control, inode, _)| (control == name).then_some(inode))
-}
-
-fn answer(listed: &BTreeMap<String, Entry>, name: &str, at: Instant) -> Lookup {
-    match listed.get(name) {
-        Some(entry) => Lookup::Found(entry.clone(), at),
-        None => Lookup::Absent,
-    }
 }
 
 /// A directory that is there although the store may have nothing in it.
@@ -320,11 +296,11 @@ fn run_node(tree: &mut Tree, run: RunEntry) -> Inode {
         return inode;
     }
     let (name, modified) = (run.run_id.clone(), run.modified);
-    tree.insert(ROOT, &name, Kind::Run(run, Arc::default()), modified)
+    tree.insert(ROOT, name, Kind::Run(run, Arc::default()), modified)
 }
 
-fn store_node(tree: &mut Tree, parent: Inode, name: &str, entry: &Entry) -> Inode {
-    if let Some((inode, node)) = tree.child(parent, name) {
+fn store_node(tree: &mut Tree, parent: Inode, name: Name, entry: &Entry) -> Inode {
+    if let Some((inode, node)) = tree.child(parent, &name) {
         match (&node.kind, entry) {
             (Kind::Directory(_), Entry::Directory) => return inode,
             (Kind::File(file), Entry::File(info)) => {

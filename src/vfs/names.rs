@@ -1,12 +1,11 @@
 //! Which store keys can be paths, and which names can be keys.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::time::SystemTime;
 
-use super::directory::{Entry, FileInfo};
+use super::directory::{Entry, FileInfo, Name};
 use super::error::{VfsError, VfsResult};
-use crate::store::{ListPage, ObjectMeta};
+use crate::store::ObjectMeta;
 
 /// The longest name, bytes (Linux's NAME_MAX).
 pub const LONGEST_NAME: usize = 255;
@@ -40,35 +39,36 @@ pub fn check_key(key: &str) -> VfsResult<()> {
     }
 }
 
-pub fn file_info(object: &ObjectMeta) -> FileInfo {
+fn file_info(object: ObjectMeta) -> FileInfo {
     FileInfo {
         size: object.size,
-        etag: object.etag.clone(),
+        etag: object.etag,
         modified: object.modified.unwrap_or(SystemTime::UNIX_EPOCH),
     }
 }
 
-/// The names of a delimited listing below `prefix` (with its trailing slash). Keys that cannot be
-/// names are left out; a directory hides an object of the same name.
-pub fn entries(prefix: &str, page: &ListPage) -> BTreeMap<String, Entry> {
-    let mut entries = BTreeMap::new();
-    for object in &page.objects {
-        if let Some(name) = object
-            .key
-            .strip_prefix(prefix)
-            .filter(|name| is_showable(name))
-        {
-            entries.insert(name.to_owned(), Entry::File(file_info(object)));
-        }
-    }
-    for key in &page.prefixes {
+/// The names of a delimited listing below `prefix` (with its trailing slash), in order. Keys that
+/// cannot be names are left out; a directory hides an object of the same name.
+pub fn entries(prefix: &str, objects: Vec<ObjectMeta>, prefixes: &[String]) -> Vec<(Name, Entry)> {
+    let mut entries = Vec::with_capacity(objects.len() + prefixes.len());
+    for key in prefixes {
         let name = key
             .strip_prefix(prefix)
             .and_then(|name| name.strip_suffix('/'));
         if let Some(name) = name.filter(|name| is_showable(name)) {
-            entries.insert(name.to_owned(), Entry::Directory);
+            entries.push((Name::from(name), Entry::Directory));
         }
     }
+    for object in objects {
+        let name = object.key.strip_prefix(prefix);
+        if let Some(name) = name.filter(|name| is_showable(name)) {
+            let name = Name::from(name);
+            entries.push((name, Entry::File(file_info(object))));
+        }
+    }
+    // Two runs that are in order, as stores list: that is soon done. Of one name the first stays.
+    entries.sort_by(|(one, _), (other, _)| one.cmp(other));
+    entries.dedup_by(|(later, _), (earlier, _)| later == earlier);
     entries
 }
 
@@ -88,16 +88,11 @@ mod tests {
     #[test]
     fn keys_that_cannot_be_paths_neither_crash_nor_escape() {
         let long = format!("r/{}", "x".repeat(256));
-        let page = ListPage {
-            objects: ["r/", "r/..", "r/.", "r/fine", "r/a", &long]
-                .map(object)
-                .into(),
-            prefixes: vec!["r//".into(), "r/../".into(), "r/a/".into(), "r/d/".into()],
-            next: None,
-        };
-        let entries = entries("r/", &page);
-        let names: Vec<&str> = entries.keys().map(String::as_str).collect();
+        let objects = ["r/", "r/..", "r/.", "r/a", "r/fine", &long].map(object);
+        let prefixes = ["r//", "r/../", "r/a/", "r/d/"].map(str::to_owned);
+        let entries = entries("r/", objects.into(), &prefixes);
+        let names: Vec<&str> = entries.iter().map(|(name, _)| &**name).collect();
         assert_eq!(names, ["a", "d", "fine"]);
-        assert_eq!(entries["a"], Entry::Directory);
+        assert_eq!(entries[0].1, Entry::Directory);
     }
 }

@@ -1,14 +1,14 @@
 //! Listing directories, page by page, as the reader asks.
 
-use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
-use super::directory::Entry;
+use super::directory::{Entry, Name, Present};
 use super::error::{VfsError, VfsResult};
-use super::lookup::{Place, exists_locally};
-use super::names::entries;
+use super::listing::Pages;
+use super::lookup::{exists_locally, listed_node};
 use super::tree::{CONTROL, CONTROLS, Inode, Kind};
 use super::{EntryAttributes, FileInfo, Vfs};
 use crate::catalog::{RunEntry, RunListing};
@@ -16,60 +16,67 @@ use crate::catalog::{RunEntry, RunListing};
 /// One name of a listing.
 #[derive(Clone, Debug)]
 pub struct Listed {
-    pub name: String,
+    pub name: Name,
     pub entry: Entry,
     /// Set for the runs of the root.
-    pub run: Option<RunEntry>,
+    pub run: Option<Box<RunEntry>>,
+    /// When it was asked for: it is believed for the TTL from then on.
+    at: Instant,
 }
 
-/// Names given out by one call at most.
-const BATCH: usize = 256;
+/// Names from a position of an open directory on; empty at its end. The directory waits while this
+/// is looked at.
+#[derive(Debug)]
+pub struct Batch {
+    stream: OwnedMutexGuard<Stream>,
+    from: usize,
+}
 
 /// An open directory: what was listed so far, and how to go on.
 #[derive(Debug)]
 pub(super) struct DirectoryStream {
     inode: Inode,
-    state: tokio::sync::Mutex<Stream>,
+    state: Arc<tokio::sync::Mutex<Stream>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Stream {
     listed: Vec<Listed>,
     source: StreamSource,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 enum StreamSource {
+    #[default]
     Unopened,
     Runs(RunListing),
-    Store {
-        place: Place,
-        token: Option<String>,
-        begun: Instant,
-        names: BTreeMap<String, Entry>,
-    },
+    Store(Pages),
     Finished,
+}
+
+impl Batch {
+    pub fn listed(&self) -> &[Listed] {
+        self.stream.listed.get(self.from..).unwrap_or_default()
+    }
+}
+
+impl From<Present> for Listed {
+    fn from(present: Present) -> Self {
+        Self {
+            name: present.name,
+            entry: present.entry,
+            run: None,
+            at: present.at,
+        }
+    }
 }
 
 impl DirectoryStream {
     fn new(inode: Inode) -> Arc<Self> {
-        let stream = Stream {
-            listed: Vec::new(),
-            source: StreamSource::Unopened,
-        };
         Arc::new(Self {
             inode,
-            state: tokio::sync::Mutex::new(stream),
+            state: Arc::default(),
         })
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        // The listing was given up halfway: it no longer counts as under way.
-        if let StreamSource::Store { place, begun, .. } = &self.source {
-            place.directory.names.lock().end_listing(*begun, None);
-        }
     }
 }
 
@@ -95,74 +102,46 @@ impl Vfs {
             .map_or(super::ROOT, |node| node.parent)
     }
 
-    /// Names from position `from` on; empty at the end. Position 0 begins anew.
-    pub async fn read_directory(&self, handle: u64, from: usize) -> VfsResult<Vec<Listed>> {
+    /// Names from position `from` on, listed `anew` or as they were at the last call.
+    pub async fn read_directory(&self, handle: u64, from: usize, anew: bool) -> VfsResult<Batch> {
         let stream = self.handles.directory(handle)?;
-        let mut state = stream.state.lock().await;
-        if from == 0 && !state.listed.is_empty() {
-            *state = Stream {
-                listed: Vec::new(),
-                source: StreamSource::Unopened,
-            };
+        let mut state = Arc::clone(&stream.state).lock_owned().await;
+        if anew && !state.listed.is_empty() {
+            *state = Stream::default();
         }
         while state.listed.len() <= from && !matches!(state.source, StreamSource::Finished) {
             self.advance(stream.inode, &mut state).await?;
         }
-        let end = state.listed.len().min(from + BATCH);
-        Ok(state.listed.get(from..end).unwrap_or_default().to_vec())
+        Ok(Batch {
+            stream: state,
+            from,
+        })
     }
 
     async fn advance(&self, inode: Inode, stream: &mut Stream) -> VfsResult<()> {
         match &mut stream.source {
             StreamSource::Finished => {}
             StreamSource::Unopened => self.begin(inode, stream).await?,
-            StreamSource::Runs(runs) => match runs.next_page().await? {
-                Some(page) => stream.listed.extend(page.into_iter().map(|run| Listed {
-                    name: run.run_id.clone(),
-                    entry: Entry::Directory,
-                    run: Some(run),
-                })),
-                None => stream.source = StreamSource::Finished,
-            },
-            StreamSource::Store {
-                place,
-                token,
-                names,
-                begun,
-            } => {
-                let prefix = place.prefix();
-                let store = &place.location.store;
-                let page = store.list(&prefix, true, token.as_deref(), None).await?;
-                let mut listed = entries(&prefix, &page);
-                let first = token.is_none();
-                token.clone_from(&page.next);
-                {
-                    let mut known = place.directory.names.lock();
-                    if first && token.is_some() {
-                        known.note_large(*begun);
-                    }
-                    // What was deleted here meanwhile is not shown; what was made here is added
-                    // at the end.
-                    let before: HashSet<String> = listed.keys().cloned().collect();
-                    known.overlay(&mut listed);
-                    listed.retain(|name, _| before.contains(name));
+            StreamSource::Runs(runs) => {
+                let at = Instant::now();
+                match runs.next_page().await? {
+                    Some(page) => stream.listed.extend(page.into_iter().map(|run| Listed {
+                        name: run.run_id.as_str().into(),
+                        entry: Entry::Directory,
+                        run: Some(Box::new(run)),
+                        at,
+                    })),
+                    None => stream.source = StreamSource::Finished,
                 }
-                for (name, entry) in &listed {
-                    // A common prefix may be repeated on the next page.
-                    if names.insert(name.clone(), entry.clone()).is_none() {
-                        stream.listed.push(Listed {
-                            name: name.clone(),
-                            entry: entry.clone(),
-                            run: None,
-                        });
-                    }
-                }
-                if token.is_none() {
-                    let (directory, begun) = (Arc::clone(&place.directory), *begun);
-                    let names = std::mem::take(names);
+            }
+            StreamSource::Store(pages) => {
+                let present = pages.next().await?;
+                stream.listed.extend(present.into_iter().map(Listed::from));
+                if pages.finished {
+                    let local = self.local_names(inode);
+                    let missing = local.into_iter().filter(|it| !pages.has(&it.name));
+                    stream.listed.extend(missing);
                     stream.source = StreamSource::Finished;
-                    directory.names.lock().end_listing(begun, Some(names));
-                    self.add_local(inode, &mut stream.listed);
                 }
             }
         }
@@ -180,30 +159,20 @@ impl Vfs {
             }
             Kind::Run(..) | Kind::Directory(_) => {
                 let place = self.place(inode).await?;
-                let known = place
-                    .directory
-                    .names
-                    .lock()
-                    .complete(self.options.metadata_ttl);
-                if let Some((names, _)) = known {
-                    stream.listed = names
-                        .into_iter()
-                        .map(|(name, entry)| Listed {
-                            name,
-                            entry,
-                            run: None,
-                        })
-                        .collect();
-                    stream.source = StreamSource::Finished;
-                    self.add_local(inode, &mut stream.listed);
-                    return Ok(());
-                }
-                place.directory.names.lock().begin_listing();
-                stream.source = StreamSource::Store {
-                    place,
-                    token: None,
-                    begun: Instant::now(),
-                    names: BTreeMap::new(),
+                let ttl = self.options.metadata_ttl;
+                let known = place.directory.names.lock().complete(ttl);
+                stream.source = match known {
+                    None => StreamSource::Store(Pages::of(self.begin_listing(&place))),
+                    Some(known) => {
+                        let mut local = self.local_names(inode);
+                        local.retain(|it| {
+                            let found = known.binary_search_by(|known| known.name.cmp(&it.name));
+                            found.is_err()
+                        });
+                        stream.listed = known.into_iter().map(Listed::from).collect();
+                        stream.listed.append(&mut local);
+                        StreamSource::Finished
+                    }
                 };
             }
             _ => return Err(VfsError::NOT_DIRECTORY),
@@ -211,67 +180,59 @@ impl Vfs {
         Ok(())
     }
 
-    /// Adds what exists only here: unpublished files and local directories.
-    fn add_local(&self, inode: Inode, listed: &mut Vec<Listed>) {
+    /// What exists only here: unpublished files and local directories.
+    fn local_names(&self, inode: Inode) -> Vec<Listed> {
         let tree = self.tree.lock();
-        let Some(node) = tree.get(inode) else { return };
-        let mut local: BTreeMap<&str, Entry> = BTreeMap::new();
-        for (name, child) in &node.children {
-            match tree.get(*child).map(|node| &node.kind) {
+        let Some(node) = tree.get(inode) else {
+            return Vec::new();
+        };
+        let at = Instant::now();
+        let local = node.children.iter().filter_map(|(name, child)| {
+            let entry = match tree.get(*child).map(|node| &node.kind) {
                 Some(Kind::File(file)) if file.is_dirty() => {
                     let (size, modified) = file.size_and_time();
-                    local.insert(
-                        name,
-                        Entry::File(FileInfo {
-                            size,
-                            etag: None,
-                            modified,
-                        }),
-                    );
+                    Entry::File(FileInfo {
+                        size,
+                        etag: None,
+                        modified,
+                    })
                 }
-                Some(Kind::Directory(_)) if exists_locally(&tree, *child) => {
-                    local.insert(name, Entry::Directory);
-                }
-                _ => {}
-            }
-        }
-        // Published here since the listing began.
-        let directory = match &node.kind {
-            Kind::Run(_, directory) | Kind::Directory(directory) => Some(directory),
-            _ => None,
-        };
-        let known = directory
-            .and_then(|directory| directory.names.lock().complete(self.options.metadata_ttl));
-        let mut wanted: BTreeMap<String, Entry> = known.map_or_else(BTreeMap::new, |it| it.0);
-        wanted.extend(
-            local
-                .into_iter()
-                .map(|(name, entry)| (name.to_owned(), entry)),
-        );
-        for shown in listed.iter() {
-            wanted.remove(&shown.name);
-        }
-        listed.extend(wanted.into_iter().map(|(name, entry)| Listed {
-            name,
-            entry,
-            run: None,
-        }));
+                Some(Kind::Directory(_)) if exists_locally(&tree, *child) => Entry::Directory,
+                _ => return None,
+            };
+            Some(Listed {
+                name: Arc::clone(name),
+                entry,
+                run: None,
+                at,
+            })
+        });
+        local.collect()
     }
 
-    /// Attributes of a listed name, for `readdirplus`. The lookup counts only once
-    /// [`Vfs::accept_listed`] says that the kernel took the entry.
-    pub fn listed_attributes(&self, parent: Inode, listed: &Listed) -> VfsResult<EntryAttributes> {
-        let inode = self.listed_node(parent, listed);
-        self.attributes(inode)
-    }
-
-    /// The kernel took the entry, or had no room for it.
-    pub fn accept_listed(&self, inode: Inode, accepted: bool) {
+    /// Offers the attributes of listed names, with their place in the list, to `take`, one after the
+    /// other, until that says that it had no room for one. A lookup of each that was taken is
+    /// counted.
+    pub fn offer_attributes(
+        &self,
+        parent: Inode,
+        listed: &[Listed],
+        mut take: impl FnMut(usize, &Listed, &EntryAttributes) -> bool,
+    ) {
+        let ttl = self.options.metadata_ttl;
+        let now = Instant::now();
         let mut tree = self.tree.lock();
-        if accepted {
+        for (index, it) in listed.iter().enumerate() {
+            let inode = listed_node(&mut tree, parent, it);
+            let Some(node) = tree.get(inode) else {
+                continue;
+            };
+            let believed = ttl.saturating_sub(now.duration_since(it.at));
+            if !take(index, it, &self.describe(inode, node, believed)) {
+                tree.reap(inode);
+                return;
+            }
             tree.add_lookup(inode);
-        } else {
-            tree.reap(inode);
         }
     }
 }
@@ -280,13 +241,14 @@ fn control_names() -> Vec<Listed> {
     CONTROLS
         .into_iter()
         .map(|(name, _, _)| Listed {
-            name: name.to_owned(),
+            name: name.into(),
             entry: Entry::File(FileInfo {
                 size: 0,
                 etag: None,
                 modified: std::time::SystemTime::UNIX_EPOCH,
             }),
             run: None,
+            at: Instant::now(),
         })
         .collect()
 }

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
-use super::directory::Directory;
+use super::directory::{Directory, Name};
 use super::file::File;
 use crate::catalog::RunEntry;
 use crate::store::Location;
@@ -74,11 +74,11 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct Node {
     pub parent: Inode,
-    pub name: String,
+    pub name: Name,
     pub kind: Kind,
     /// Lookups the kernel has not forgotten yet.
     pub lookups: u64,
-    pub children: BTreeMap<String, Inode>,
+    pub children: BTreeMap<Name, Inode>,
     /// A directory that exists whether or not the store has a file in it.
     pub local: bool,
     /// No longer at its name.
@@ -95,10 +95,10 @@ pub struct Tree {
 }
 
 impl Node {
-    fn new(parent: Inode, name: &str, kind: Kind, modified: SystemTime) -> Self {
+    fn new(parent: Inode, name: Name, kind: Kind, modified: SystemTime) -> Self {
         Self {
             parent,
-            name: name.to_owned(),
+            name,
             kind,
             lookups: 0,
             children: BTreeMap::new(),
@@ -130,11 +130,11 @@ impl Node {
 impl Tree {
     pub fn new(now: SystemTime) -> Self {
         let mut nodes = HashMap::from([
-            (ROOT, Node::new(ROOT, "", Kind::Root, now)),
-            (CONTROL, Node::new(ROOT, ".mlfs", Kind::Control, now)),
+            (ROOT, Node::new(ROOT, "".into(), Kind::Root, now)),
+            (CONTROL, Node::new(ROOT, ".mlfs".into(), Kind::Control, now)),
         ]);
         nodes.extend(
-            CONTROLS.map(|(name, inode, kind)| (inode, Node::new(CONTROL, name, kind, now))),
+            CONTROLS.map(|(name, inode, kind)| (inode, Node::new(CONTROL, name.into(), kind, now))),
         );
         Self {
             nodes,
@@ -156,14 +156,22 @@ impl Tree {
     }
 
     /// Hangs a new node at `parent`/`name`, in place of what was there.
-    pub fn insert(&mut self, parent: Inode, name: &str, kind: Kind, modified: SystemTime) -> Inode {
-        self.unlink(parent, name);
+    pub fn insert(
+        &mut self,
+        parent: Inode,
+        name: impl Into<Name>,
+        kind: Kind,
+        modified: SystemTime,
+    ) -> Inode {
+        let name = name.into();
         let inode = self.next;
         self.next += 1;
-        self.nodes
-            .insert(inode, Node::new(parent, name, kind, modified));
-        if let Some(parent) = self.nodes.get_mut(&parent) {
-            parent.children.insert(name.to_owned(), inode);
+        let node = Node::new(parent, Arc::clone(&name), kind, modified);
+        self.nodes.insert(inode, node);
+        let parent = self.nodes.get_mut(&parent);
+        let before = parent.and_then(|parent| parent.children.insert(name, inode));
+        if let Some(before) = before {
+            self.unlinked(before);
         }
         inode
     }
@@ -171,11 +179,16 @@ impl Tree {
     /// Takes the name away; the node lives on while it is needed.
     pub fn unlink(&mut self, parent: Inode, name: &str) -> Option<Inode> {
         let inode = self.nodes.get_mut(&parent)?.children.remove(name)?;
+        self.unlinked(inode);
+        Some(inode)
+    }
+
+    /// The node has lost its name.
+    fn unlinked(&mut self, inode: Inode) {
         if let Some(node) = self.nodes.get_mut(&inode) {
             node.unlinked = true;
         }
         self.reap(inode);
-        Some(inode)
     }
 
     /// Moves a node to another name, in place of what was there.
@@ -190,10 +203,10 @@ impl Tree {
         self.unlink(to, to_name);
         if let Some(node) = self.nodes.get_mut(&inode) {
             node.parent = to;
-            node.name = to_name.to_owned();
+            node.name = to_name.into();
         }
         if let Some(node) = self.nodes.get_mut(&to) {
-            node.children.insert(to_name.to_owned(), inode);
+            node.children.insert(to_name.into(), inode);
         }
         self.reap(parent);
     }
@@ -230,7 +243,7 @@ impl Tree {
                 return;
             }
             let parent = node.parent;
-            let name = node.name.clone();
+            let name = Arc::clone(&node.name);
             let linked = !node.unlinked;
             self.nodes.remove(&inode);
             if linked && let Some(parent) = self.nodes.get_mut(&parent) {
@@ -252,7 +265,7 @@ impl Tree {
             if inode < FIRST_FREE {
                 return None;
             }
-            names.push(node.name.as_str());
+            names.push(&*node.name);
             inode = node.parent;
         }
     }
@@ -261,7 +274,7 @@ impl Tree {
     pub fn path(&self, inode: Inode) -> String {
         match self.place(inode) {
             Some((run, path)) => {
-                let run = self.nodes.get(&run).map_or("", |node| node.name.as_str());
+                let run = self.nodes.get(&run).map_or("", |node| &*node.name);
                 if path.is_empty() {
                     run.to_owned()
                 } else {
@@ -271,7 +284,7 @@ impl Tree {
             None => self
                 .nodes
                 .get(&inode)
-                .map_or_else(String::new, |node| node.name.clone()),
+                .map_or_else(String::new, |node| node.name.to_string()),
         }
     }
 
@@ -309,6 +322,15 @@ impl Tree {
             }
         }
         found
+    }
+
+    /// Names that directories are known to hold, for `.mlfs/status`.
+    pub fn names(&self) -> usize {
+        let directories = self.nodes.values().filter_map(|node| match &node.kind {
+            Kind::Run(_, directory) | Kind::Directory(directory) => Some(directory),
+            _ => None,
+        });
+        directories.map(|it| it.names.lock().len()).sum()
     }
 
     /// Nodes held, for `.mlfs/status`.

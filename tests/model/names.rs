@@ -126,9 +126,13 @@ impl Driver<'_> {
         let inode = self.mount.find(path).await?.attributes.inode;
         let vfs = &self.mount.vfs;
         let handle = vfs.open_directory(inode)?;
-        let listed = vfs.read_directory(handle, 0).await;
+        let listed = vfs.read_directory(handle, 0, true).await;
         vfs.release_directory(handle);
-        let mut names: Vec<String> = listed?.into_iter().map(|entry| entry.name).collect();
+        let mut names: Vec<String> = listed?
+            .listed()
+            .iter()
+            .map(|entry| entry.name.to_string())
+            .collect();
         names.sort();
         Ok(names)
     }
