@@ -127,13 +127,18 @@ impl Catalog {
         Some(run.entry(run_id))
     }
 
-    /// The artifact root of a run. No request is sent to its store.
+    /// The artifact root of a run that was found. No request is sent to its store, and while the
+    /// run is remembered none to the server: MLflow fixes the root when a run is made.
     ///
     /// # Errors
     /// As [`Self::run_entry`], and those of opening the store: `Unsupported` for a scheme that no
     /// store serves.
     pub async fn run(self: &Arc<Self>, run_id: &str) -> Result<ArtifactRoot, CatalogError> {
-        let run = self.resolve(run_id).await?;
+        let known = self.cache.get(run_id).and_then(|known| known.answer);
+        let run = match known {
+            Some(run) => run,
+            None => self.resolve(run_id).await?,
+        };
         let location = self.stores.locate(&run.artifact_uri).await?;
         Ok(ArtifactRoot {
             run_id: run_id.to_owned(),

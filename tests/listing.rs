@@ -244,3 +244,40 @@ fn without_a_metadata_ttl_every_look_is_answered_by_the_store() {
         assert_eq!(names(&mount.at("")).len(), 2 * PAGE + round as usize + 1);
     }
 }
+
+#[test]
+fn a_finished_run_is_believed_no_longer_than_another_but_where_its_artifacts_are() {
+    let lab = Lab::new();
+    lab.tracking.finish_run(harness::RUN);
+    lab.put("f", b"one".as_slice());
+    let asked = || {
+        let requests = lab.tracking.requests();
+        requests
+            .iter()
+            .filter(|it| it.ends_with("runs/get"))
+            .count()
+    };
+    // Each look asks whether the run is there, and none where its artifacts are.
+    let mount = lab.mount_with(&["--metadata-ttl", "0"]);
+    for _ in 0..3 {
+        let before = asked();
+        assert_eq!(names(&mount.at("")), ["f"]);
+        assert_eq!(asked() - before, 1);
+    }
+    // Anybody may go on logging to it, and delete it.
+    lab.put("f", b"other".as_slice());
+    lab.put("g", b"".as_slice());
+    assert_eq!(fs::read(mount.at("f")).unwrap(), b"other");
+    assert_eq!(names(&mount.at("")), ["f", "g"]);
+    lab.tracking.remove_run(harness::RUN);
+    assert_eq!(errno(fs::metadata(mount.at("f"))), libc::ENOENT);
+
+    let lab = Lab::new();
+    lab.tracking.finish_run(harness::RUN);
+    let mount = lab.mount_with(&["--metadata-ttl", "100ms"]);
+    assert_eq!(names(&mount.at("")), [""; 0]);
+    lab.put("late", b"".as_slice());
+    wait_until("what was logged late", || mount.at("late").exists());
+    lab.tracking.remove_run(harness::RUN);
+    wait_until("the run to be gone", || !mount.at("").exists());
+}
