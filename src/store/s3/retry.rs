@@ -43,25 +43,23 @@ impl Intercept for WholeDocuments {
 /// Whether a document, if it is one, ends with the end of its first element. Nothing is whole, too:
 /// many answers have no body.
 fn is_whole(document: &[u8]) -> bool {
-    let document = String::from_utf8_lossy(document);
-    let mut rest = document.trim();
-    if !rest.starts_with('<') {
+    let mut rest = document.trim_ascii();
+    if !rest.starts_with(b"<") {
         return true;
     }
-    while rest.starts_with("<?") {
-        let Some((_, behind)) = rest.split_once("?>") else {
+    while rest.starts_with(b"<?") {
+        let Some(end) = rest.windows(2).position(|pair| pair == b"?>") else {
             return false;
         };
-        rest = behind.trim_start();
+        rest = rest[end + 2..].trim_ascii_start();
     }
-    let Some((head, _)) = rest.split_once('>') else {
+    let Some(end) = rest.iter().position(|byte| *byte == b'>') else {
         return false;
     };
-    let name = head[1..]
-        .split([' ', '\n', '\t', '\r', '/'])
-        .next()
-        .unwrap_or_default();
-    head.ends_with('/') || rest.ends_with(&format!("</{name}>"))
+    let head = rest[..end].strip_prefix(b"<").unwrap_or_default();
+    let ends_name = |byte: &u8| matches!(byte, b' ' | b'\n' | b'\t' | b'\r' | b'/');
+    let name = head.split(ends_name).next().unwrap_or_default();
+    head.ends_with(b"/") || rest.ends_with(&[b"</", name, b">"].concat())
 }
 
 /// Classifies what the SDK leaves unclassified.
