@@ -88,11 +88,15 @@ impl Vfs {
             }
             _ => {}
         }
-        if let Some(inode) = self.local_child(parent, name)? {
-            return Ok((inode, ttl));
-        }
         let place = self.place(parent).await?;
         let mut found = place.directory.names.lock().lookup(name, ttl);
+        // What is only here matters where the store is not known to have the directory; to look for
+        // it may mean to look at all that is below.
+        if !matches!(found, Lookup::Found(Entry::Directory, _))
+            && let Some(inode) = self.local_child(parent, name)?
+        {
+            return Ok((inode, ttl));
+        }
         if found == Lookup::Unknown {
             found = self.ask(&place, name).await?;
         }
@@ -254,8 +258,10 @@ pub(super) fn listed_node(tree: &mut Tree, parent: Inode, listed: &super::Listed
         return run_node(tree, (**run).clone());
     }
     let local = tree.child(parent, &listed.name).and_then(|(inode, node)| {
-        let counts = match &node.kind {
-            Kind::File(file) => file.is_dirty(),
+        let counts = match (&node.kind, &listed.entry) {
+            (Kind::File(file), _) => file.is_dirty(),
+            // The same directory, also if the store has nothing in it.
+            (_, Entry::Directory) => true,
             _ => exists_locally(tree, inode),
         };
         counts.then_some(inode)
