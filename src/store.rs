@@ -63,6 +63,16 @@ pub struct ListPage {
     pub next: Option<String>,
 }
 
+/// Where a page of a listing begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageStart<'a> {
+    First,
+    /// Where a former page ended: its [`ListPage::next`].
+    Token(&'a str),
+    /// Behind a key, which need not exist.
+    After(&'a str),
+}
+
 /// The body of a ranged GET: frames in order, as they came off the wire, never copied together.
 /// The store has checked status, Content-Range and ETag; the stream yields exactly
 /// `range.end - range.start` bytes or ends with an error (never silently short).
@@ -145,12 +155,12 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn capabilities(&self) -> Capabilities;
 
     /// Objects (and, with `delimited`, common prefixes up to `/`) whose keys start with `prefix`,
-    /// in key order, from `token` (a former page's `next`).
+    /// in key order, from `start` on.
     async fn list(
         &self,
         prefix: &str,
         delimited: bool,
-        token: Option<&str>,
+        start: PageStart<'_>,
         maximum: Option<u32>,
     ) -> StoreResult<ListPage>;
 

@@ -224,6 +224,34 @@ fn what_is_missing_is_asked_for_once_and_seen_at_once_when_it_is_made_here() {
 }
 
 #[test]
+fn names_of_a_large_directory_that_are_looked_at_in_order_are_asked_for_by_the_page() {
+    let lab = Lab::new();
+    for index in 0..6 * PAGE {
+        lab.put(&format!("f{index:04}"), vec![0; index % 5]);
+    }
+    let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
+    // As after a listing that is not believed any more: nothing is known.
+    for index in 0..6 * PAGE {
+        let length = fs::metadata(mount.at(&format!("f{index:04}")))
+            .unwrap()
+            .len();
+        assert_eq!(length, index as u64 % 5);
+    }
+    assert!(listings(&lab) < 30, "{}", listings(&lab));
+
+    // Those that are looked at here and there, or are missing, cost little more than one each.
+    let another = lab.mount_with(&["--metadata-ttl", "forever"]);
+    lab.s3.reset_stats();
+    for index in 0..100 {
+        let there = format!("f{:04}", 1000 + index * 3049 % 5000);
+        assert!(fs::metadata(another.at(&there)).is_ok());
+        let missing = fs::metadata(another.at(&format!("g{index:04}")));
+        assert_eq!(errno(missing), libc::ENOENT);
+    }
+    assert!(listings(&lab) < 230, "{}", listings(&lab));
+}
+
+#[test]
 fn without_a_metadata_ttl_every_look_is_answered_by_the_store() {
     let lab = Lab::new();
     for index in 0..2 * PAGE {

@@ -8,7 +8,7 @@ use futures_util::TryStreamExt;
 use futures_util::future::join_all;
 use mlfs::store::s3::S3Settings;
 use mlfs::store::{
-    Condition, ETag, Payload, Store, StoreError, StoreResult, Stores, checksum::crc32c,
+    Condition, ETag, PageStart, Payload, Store, StoreError, StoreResult, Stores, checksum::crc32c,
 };
 use mlfs_lab::s3::{Fault, Kind, Rule, S3Server, ServerOptions};
 
@@ -162,7 +162,7 @@ impl Case {
         let all = 0..SIZE as u64;
         match self.call {
             Call::List => {
-                let page = store.list("", false, None, None).await?;
+                let page = store.list("", false, PageStart::First, None).await?;
                 let keys: Vec<_> = page.objects.iter().map(|object| &object.key).collect();
                 assert_eq!(keys, ["a", "b", "source"]);
             }

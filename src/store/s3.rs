@@ -23,8 +23,8 @@ use futures_util::future::BoxFuture;
 
 use super::metrics::StoreMetrics;
 use super::{
-    Capabilities, Condition, ETag, ListPage, ObjectMeta, PartReceipt, Payload, RangeBody, Store,
-    StoreError, StoreResult, Stored,
+    Capabilities, Condition, ETag, ListPage, ObjectMeta, PageStart, PartReceipt, Payload,
+    RangeBody, Store, StoreError, StoreResult, Stored,
 };
 use body::RangeRequest;
 
@@ -187,10 +187,10 @@ impl Store for S3Store {
         &self,
         prefix: &str,
         delimited: bool,
-        token: Option<&str>,
+        start: PageStart<'_>,
         maximum: Option<u32>,
     ) -> StoreResult<ListPage> {
-        self.list_objects(prefix, delimited, token, maximum).await
+        self.list_objects(prefix, delimited, start, maximum).await
     }
 
     async fn head(&self, key: &str) -> StoreResult<ObjectMeta> {

@@ -53,6 +53,8 @@ struct Known {
 /// Stale names are dropped when there are more than this, and twice as many as were left the last
 /// time.
 const FEW: usize = 1024;
+/// So many names in order, and the next are asked for a page at a time.
+const SWEEP: usize = 8;
 /// Above this, names that were looked for in vain are dropped too, however long the TTL.
 const MOST_REMEMBERED: usize = 65_536;
 
@@ -66,12 +68,26 @@ pub struct Directory {
     large: Option<Instant>,
     /// What was asked for before that is not believed; it only tells what came after it.
     forgotten: Option<Instant>,
+    /// The name that was asked for last, and how far they seem to be asked for one after the other.
+    asked: Option<Name>,
+    sweep: usize,
     /// Listings under way: as long as there are any, nothing is dropped.
     listings: usize,
     /// Somebody drops what is stale from time to time, while there is much.
     watched: bool,
     /// How many names the last dropping left.
     left: usize,
+}
+
+/// How to ask the store for a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// With the first page of the directory: perhaps that is all of it.
+    First,
+    /// With those that follow it.
+    Around,
+    /// Alone.
+    Single,
 }
 
 /// The answer to "is this name here?"
@@ -129,8 +145,28 @@ impl Directory {
         Some(names.collect())
     }
 
-    pub fn is_large(&self, ttl: Duration) -> bool {
-        self.large.is_some_and(|at| fresh(at, ttl))
+    /// How to ask for a name that is not known.
+    pub fn way_to_ask(&mut self, name: &str, ttl: Duration) -> Way {
+        if !self.large.is_some_and(|at| fresh(at, ttl)) {
+            return Way::First;
+        }
+        let ascends = self.asked.as_deref().is_some_and(|asked| asked < name);
+        self.sweep = if ascends {
+            self.sweep + 1
+        } else {
+            self.sweep / 2
+        };
+        self.asked = Some(name.into());
+        if self.sweep >= SWEEP {
+            Way::Around
+        } else {
+            Way::Single
+        }
+    }
+
+    /// The page around a name did not show it.
+    pub fn asked_in_vain(&mut self) {
+        self.sweep = 0;
     }
 
     /// A listing begins, to be ended with [`Self::end_listing`].

@@ -14,6 +14,7 @@ use super::error::{VfsError, VfsResult};
 use super::lookup::Place;
 use super::names::entries;
 use super::tree::DirectoryNode;
+use crate::store::PageStart;
 
 /// Names that are stale are dropped no more often than this.
 const OFTEN: Duration = Duration::from_secs(1);
@@ -61,11 +62,11 @@ impl Vfs {
 
 impl Listing {
     /// Asks for a page; its directory knows it then.
-    pub async fn page(&self, token: Option<&str>) -> VfsResult<Page> {
+    pub async fn page(&self, start: PageStart<'_>) -> VfsResult<Page> {
         let prefix = self.place.prefix();
         let asked = Instant::now();
         let store = &self.place.location.store;
-        let page = store.list(&prefix, true, token, None).await?;
+        let page = store.list(&prefix, true, start, None).await?;
         let entries = entries(&prefix, page.objects, &page.prefixes);
         let present = self.place.directory.names.lock().note_page(entries, asked);
         Ok(Page {
@@ -141,7 +142,10 @@ impl Pages {
     fn ask(&mut self) {
         if self.ahead.is_none() && !self.finished {
             let (listing, token) = (Arc::clone(&self.listing), self.token.clone());
-            let asking = async move { listing.page(token.as_deref()).await };
+            let asking = async move {
+                let start = token.as_deref().map_or(PageStart::First, PageStart::Token);
+                listing.page(start).await
+            };
             self.ahead = Some(self.listing.runtime.spawn(asking));
         }
     }

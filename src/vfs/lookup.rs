@@ -6,14 +6,14 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::directory::{Entry, Lookup, Name};
+use super::directory::{Entry, Lookup, Name, Way};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::names;
 use super::tree::{CONTROL, CONTROLS, DirectoryNode, Inode, Kind, ROOT, Tree};
 use super::{EntryAttributes, Vfs};
 use crate::catalog::RunEntry;
-use crate::store::Location;
+use crate::store::{Location, PageStart};
 use crate::write::Target;
 
 /// Keys asked for when one name is looked up: the object, names that sort between it and the
@@ -183,12 +183,14 @@ impl Vfs {
             if known != Lookup::Unknown {
                 return Ok(known);
             }
-            let large = place.directory.names.lock().is_large(ttl);
-            if !large {
-                let found = self.ask_page(place, name).await?;
-                if found != Lookup::Unknown {
-                    return Ok(found);
-                }
+            let way = place.directory.names.lock().way_to_ask(name, ttl);
+            let found = match way {
+                Way::First => self.ask_page(place, name).await?,
+                Way::Around => self.ask_around(place, name).await?,
+                Way::Single => Lookup::Unknown,
+            };
+            if found != Lookup::Unknown {
+                return Ok(found);
             }
         }
         self.ask_point(place, name).await
@@ -196,7 +198,7 @@ impl Vfs {
 
     async fn ask_page(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
         let listing = self.begin_listing(place);
-        let page = listing.page(None).await?;
+        let page = listing.page(PageStart::First).await?;
         let mut names = place.directory.names.lock();
         match page.next {
             None => names.note_complete(listing.begun),
@@ -207,13 +209,28 @@ impl Vfs {
         Ok(found)
     }
 
+    /// Asks for the page that begins at a name: whoever looks at one after the other has the next
+    /// ones too.
+    async fn ask_around(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
+        let listing = self.begin_listing(place);
+        let before = just_before(&place.key(name));
+        listing.page(PageStart::After(&before)).await?;
+        let mut names = place.directory.names.lock();
+        let found = names.since(name, listing.begun);
+        if found == Lookup::Unknown {
+            names.asked_in_vain();
+        }
+        drop(names);
+        Ok(found)
+    }
+
     async fn ask_point(&self, place: &Place, name: &str) -> VfsResult<Lookup> {
         let key = place.key(name);
         let below = format!("{key}/");
         let begun = Instant::now();
         let store = &place.location.store;
         let page = store
-            .list(&key, true, None, Some(POINT_LOOKUP_KEYS))
+            .list(&key, true, PageStart::First, Some(POINT_LOOKUP_KEYS))
             .await?;
         let passed = page.objects.iter().any(|object| object.key > below)
             || page
@@ -225,7 +242,7 @@ impl Vfs {
             .into_iter()
             .find_map(|(listed, entry)| (*listed == *name).then_some(entry));
         if page.next.is_some() && !passed && entry != Some(Entry::Directory) {
-            let page = store.list(&below, true, None, Some(1)).await?;
+            let page = store.list(&below, true, PageStart::First, Some(1)).await?;
             if !page.objects.is_empty() || !page.prefixes.is_empty() {
                 entry = Some(Entry::Directory);
             }
@@ -273,6 +290,18 @@ pub(super) fn listed_node(tree: &mut Tree, parent: Inode, listed: &super::Listed
 fn control_node(name: &str) -> Option<Inode> {
     let mut controls = CONTROLS.into_iter();
     controls.find_map(|(control, inode, _)| (control == name).then_some(inode))
+}
+
+/// A key, perhaps of nothing, that comes before `key` with little between them.
+fn just_before(key: &str) -> String {
+    let mut letters = key.chars();
+    let last = letters.next_back();
+    let mut before = letters.as_str().to_owned();
+    if let Some(last @ '1'..='~') = last {
+        before.push(char::from(last as u8 - 1));
+        before.push('~');
+    }
+    before
 }
 
 /// A directory that is there although the store may have nothing in it.

@@ -11,6 +11,7 @@ use super::lookup::{Place, exists_locally};
 use super::names;
 use super::tree::{Inode, Kind};
 use super::{EntryAttributes, Vfs};
+use crate::store::PageStart;
 use crate::write::Target;
 
 impl Vfs {
@@ -99,7 +100,7 @@ impl Vfs {
         let page = parent
             .location
             .store
-            .list(&prefix, true, None, Some(2))
+            .list(&prefix, true, PageStart::First, Some(2))
             .await?;
         let occupied =
             page.objects.iter().any(|object| object.key != prefix) || !page.prefixes.is_empty();
@@ -114,7 +115,7 @@ impl Vfs {
         let page = place
             .location
             .store
-            .list(marker, true, None, Some(1))
+            .list(marker, true, PageStart::First, Some(1))
             .await?;
         Ok(page.objects.iter().any(|object| object.key == marker))
     }

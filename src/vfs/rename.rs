@@ -25,7 +25,7 @@ use super::queue::Rank;
 use super::remove::keep_directory;
 use super::tree::{Inode, Kind};
 use crate::read::Source;
-use crate::store::{ObjectMeta, Store};
+use crate::store::{ObjectMeta, PageStart, Store};
 use crate::write::Target;
 
 /// Objects of one directory copied at once.
@@ -323,9 +323,10 @@ async fn copy(store: &Arc<dyn Store>, source: &ObjectMeta, to: &str) -> VfsResul
 
 async fn all_objects(store: &Arc<dyn Store>, prefix: &str) -> VfsResult<Vec<ObjectMeta>> {
     let mut objects = Vec::new();
-    let mut token = None;
+    let mut token: Option<String> = None;
     loop {
-        let page = store.list(prefix, false, token.as_deref(), None).await?;
+        let start = token.as_deref().map_or(PageStart::First, PageStart::Token);
+        let page = store.list(prefix, false, start, None).await?;
         objects.extend(page.objects);
         token = page.next;
         if token.is_none() {

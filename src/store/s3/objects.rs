@@ -12,7 +12,7 @@ use super::wire::{as_conflict, copy_source, decode_key, encode_crc, headers, tim
 use super::{S3Store, content_type, with_upload_arguments};
 use crate::store::metrics::Request;
 use crate::store::{
-    Condition, ETag, ListPage, ObjectMeta, Payload, StoreError, StoreResult, Stored,
+    Condition, ETag, ListPage, ObjectMeta, PageStart, Payload, StoreError, StoreResult, Stored,
 };
 
 /// Keys of one DeleteObjects request.
@@ -23,10 +23,15 @@ impl S3Store {
         &self,
         prefix: &str,
         delimited: bool,
-        token: Option<&str>,
+        start: PageStart<'_>,
         maximum: Option<u32>,
     ) -> StoreResult<ListPage> {
         self.metrics.count(Request::List);
+        let (token, after) = match start {
+            PageStart::First => (None, None),
+            PageStart::Token(token) => (Some(token), None),
+            PageStart::After(key) => (None, Some(key)),
+        };
         let answer = self
             .client
             .sdk
@@ -35,6 +40,7 @@ impl S3Store {
             .prefix(prefix)
             .set_delimiter(delimited.then(|| "/".to_owned()))
             .set_continuation_token(token.map(str::to_owned))
+            .set_start_after(after.map(str::to_owned))
             .set_max_keys(maximum.map(|maximum| maximum as i32))
             // Keys may hold characters that XML cannot.
             .encoding_type(EncodingType::Url)
