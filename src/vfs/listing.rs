@@ -1,6 +1,7 @@
 //! A listing of one directory of a store, a page at a time.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use super::error::{VfsError, VfsResult};
 use super::lookup::Place;
 use super::names::entries;
 use super::tree::DirectoryNode;
-use crate::store::PageStart;
+use crate::store::{ListPage, PageStart};
 
 /// Names that are stale are dropped no more often than this.
 const OFTEN: Duration = Duration::from_secs(1);
@@ -34,7 +35,12 @@ pub(super) struct Page {
     pub present: Vec<Present>,
     /// Where the next page begins, if there is one.
     pub next: Option<String>,
+    /// The next page, where it was asked for already.
+    following: Option<Asked>,
 }
+
+/// A page that is on its way.
+type Asked = JoinHandle<VfsResult<Page>>;
 
 /// The pages of a listing, in order. One page is asked for ahead of the reader, so that the store
 /// works while a page is handed out; more would be kept for readers that stop at the first names.
@@ -42,7 +48,9 @@ pub(super) struct Page {
 pub(super) struct Pages {
     listing: Arc<Listing>,
     token: Option<String>,
-    ahead: Option<JoinHandle<VfsResult<Page>>>,
+    ahead: Option<Asked>,
+    /// The reader waits for the page that is on its way.
+    awaited: Arc<AtomicBool>,
     /// A name may come twice: a common prefix on two pages, or an object and a prefix.
     seen: HashSet<Name>,
     pub finished: bool,
@@ -63,17 +71,44 @@ impl Vfs {
 impl Listing {
     /// Asks for a page; its directory knows it then.
     pub async fn page(&self, start: PageStart<'_>) -> VfsResult<Page> {
-        let prefix = self.place.prefix();
         let asked = Instant::now();
+        let page = self.ask(start).await?;
+        Ok(self.note(page, asked))
+    }
+
+    async fn ask(&self, start: PageStart<'_>) -> VfsResult<ListPage> {
         let store = &self.place.location.store;
-        let page = store.list(&prefix, true, start, None).await?;
-        let entries = entries(&prefix, page.objects, &page.prefixes);
+        let prefix = self.place.prefix();
+        Ok(store.list(&prefix, true, start, None).await?)
+    }
+
+    fn note(&self, page: ListPage, asked: Instant) -> Page {
+        let entries = entries(&self.place.prefix(), page.objects, &page.prefixes);
         let present = self.place.directory.names.lock().note_page(entries, asked);
-        Ok(Page {
+        Page {
             present,
             next: page.next,
-        })
+            following: None,
+        }
     }
+}
+
+/// Asks for a page of a listing in a task of its own. If it is `awaited` when it comes, the next one
+/// is asked for before anything else is done with it.
+fn ask(listing: Arc<Listing>, token: Option<String>, awaited: Arc<AtomicBool>) -> Asked {
+    let runtime = listing.runtime.clone();
+    runtime.spawn(async move {
+        let asked = Instant::now();
+        let start = token.as_deref().map_or(PageStart::First, PageStart::Token);
+        let page = listing.ask(start).await?;
+        let mut following = None;
+        if page.next.is_some() && awaited.swap(false, Ordering::Relaxed) {
+            let next = page.next.clone();
+            following = Some(ask(Arc::clone(&listing), next, Arc::clone(&awaited)));
+        }
+        let page = listing.note(page, asked);
+        Ok(Page { following, ..page })
+    })
 }
 
 impl Drop for Listing {
@@ -105,6 +140,7 @@ impl Pages {
             listing: Arc::new(listing),
             token: None,
             ahead: None,
+            awaited: Arc::default(),
             seen: HashSet::new(),
             finished: false,
         }
@@ -116,12 +152,15 @@ impl Pages {
         let Some(asked) = &mut self.ahead else {
             return Ok(Vec::new());
         };
+        self.awaited.store(true, Ordering::Relaxed);
         let answer = asked.await;
+        self.awaited.store(false, Ordering::Relaxed);
         self.ahead = None;
         // Only a panic, or the end of the program, ends a task without an answer.
         let page = answer.unwrap_or_else(|_| Err(VfsError::plain(libc::EIO)))?;
         let is_first = self.token.is_none();
         self.token = page.next;
+        self.ahead = page.following;
         let mut present = page.present;
         if self.token.is_some() {
             self.ask();
@@ -141,12 +180,8 @@ impl Pages {
     /// Asks for the next page, unless that was done.
     fn ask(&mut self) {
         if self.ahead.is_none() && !self.finished {
-            let (listing, token) = (Arc::clone(&self.listing), self.token.clone());
-            let asking = async move {
-                let start = token.as_deref().map_or(PageStart::First, PageStart::Token);
-                listing.page(start).await
-            };
-            self.ahead = Some(self.listing.runtime.spawn(asking));
+            let (listing, awaited) = (Arc::clone(&self.listing), Arc::clone(&self.awaited));
+            self.ahead = Some(ask(listing, self.token.clone(), awaited));
         }
     }
 
