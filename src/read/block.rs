@@ -122,6 +122,13 @@ impl Segments {
         self.blocks.append(&mut other.blocks);
     }
 
+    /// The same bytes in memory of their own, which pins no blocks.
+    pub fn copied(&self) -> Self {
+        let mut copied = Self::default();
+        copied.push(self.pieces.concat().into());
+        copied
+    }
+
     /// Bytes in all.
     pub fn len(&self) -> usize {
         self.length

@@ -339,13 +339,13 @@ impl Draft {
         let mut segments = Segments::default();
         let mut at = offset;
         loop {
-            let step = {
+            let (step, end) = {
                 let state = self.state.lock();
                 let end = offset.saturating_add(length).min(state.size);
                 if at >= end {
                     return Ok(segments);
                 }
-                state.read_step(at..end)
+                (state.read_step(at..end), end)
             };
             match step {
                 Step::Bytes(bytes) => {
@@ -357,7 +357,7 @@ impl Draft {
                     segments.push(vec![0; count as usize].into());
                 }
                 Step::Base(base, count) => {
-                    let part = base.read(at, count).await?;
+                    let mut part = base.read(at, count).await?;
                     if part.len() as u64 != count {
                         return Err(StoreError::Changed {
                             object: self.target().object(),
@@ -365,6 +365,11 @@ impl Draft {
                         .into());
                     }
                     at += count;
+                    if at < end {
+                        // More of the base may follow, and waits for memory: nobody who waits for
+                        // some holds any.
+                        part = part.copied();
+                    }
                     segments.append(part);
                 }
                 Step::Refused(Refusal::Error(error)) => return Err(error),

@@ -109,7 +109,8 @@ impl Driver<'_> {
             }
             Err(ref error) if self.excused(&told) || error.errno == libc::ENOSPC => {
                 self.calm();
-                self.adopt(handle, id, at, &data).await
+                let refused = refused_at(error);
+                self.adopt(handle, id, at, &data, refused).await
             }
             Err(error) if self.model.nodes[id].lost && is_gone(&error) => {
                 self.model.nodes[id].doubtful = true;
@@ -130,20 +131,29 @@ impl Driver<'_> {
     }
 
     /// A write failed on its way: each part's piece of it was written or not, and the reference
-    /// takes what is there. A piece that cannot be read was not written.
-    async fn adopt(&mut self, handle: u64, id: Id, at: u64, data: &[u8]) -> Outcome {
-        let mut done = 0;
-        while done < data.len() {
-            let from = at + done as u64;
-            let length = ((PART - from % PART) as usize).min(data.len() - done);
-            let piece = &data[done..done + length];
+    /// takes what is there, up to where the write was `refused`. A piece that cannot be read was
+    /// written, and then given up to make room: had it been given up before, that would have been
+    /// refused.
+    async fn adopt(
+        &mut self,
+        handle: u64,
+        id: Id,
+        at: u64,
+        data: &[u8],
+        refused: Option<u64>,
+    ) -> Outcome {
+        for (from, length) in pieces(at, data.len() as u64) {
+            if refused.is_some_and(|refused| refused <= from) {
+                return Ok(());
+            }
+            let start = (from - at) as usize;
+            let piece = &data[start..start + length as usize];
             match self.mount.read(handle, from, length as u32).await {
                 Ok(bytes) if bytes == piece => self.model.write(id, from, piece),
                 Ok(_) => return Ok(()),
-                Err(error) if error.errno == libc::ENOSPC => return Ok(()),
+                Err(error) if error.errno == libc::ENOSPC => self.model.write(id, from, piece),
                 Err(error) => return Err(format!("read after a write that failed: {error:?}")),
             }
-            done += length;
         }
         Ok(())
     }
@@ -327,4 +337,20 @@ impl Driver<'_> {
         }
         self.close(slot).await
     }
+}
+
+/// Where a write met a part of which no copy is here, if that is why it failed.
+fn refused_at(error: &VfsError) -> Option<u64> {
+    let (_, rest) = error.cause.as_deref()?.split_once(": bytes ")?;
+    rest.split_once("..")?.0.parse().ok()
+}
+
+/// A range cut where parts begin: where each piece begins, and its length.
+fn pieces(at: u64, length: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = at + length;
+    let starts = std::iter::successors(Some(at), move |from| {
+        let next = (from / PART + 1) * PART;
+        (next < end).then_some(next)
+    });
+    starts.map(move |from| (from, (PART - from % PART).min(end - from)))
 }
