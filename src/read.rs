@@ -12,6 +12,7 @@
 
 mod block;
 mod disk;
+mod distance;
 mod fetch;
 mod look;
 mod object;

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
@@ -11,6 +12,7 @@ use tokio::sync::watch;
 
 use super::block::{Block, BlockCache, Unread};
 use super::disk::Found;
+use super::distance::Distance;
 use super::{BLOCK_SIZE, Reader, Source};
 use crate::budget::Reservation;
 use crate::store::{StoreError, StoreResult};
@@ -20,6 +22,14 @@ use crate::store::{StoreError, StoreResult};
 /// far apart, the blocks of one are let go of one by one, and the daemon held 1.6 times the bytes
 /// that the budget knew of.
 const COPIED: u64 = 2 << 20;
+
+/// Where bytes are fetched from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Origin<'a> {
+    pub source: &'a Source,
+    /// Is told how long answers take.
+    pub distance: &'a Distance,
+}
 
 /// How far a fetch is.
 #[derive(Clone, Debug)]
@@ -95,12 +105,13 @@ impl Fetch {
     pub async fn run(
         &self,
         reader: &Reader,
-        source: &Source,
+        origin: Origin<'_>,
         content: u64,
         mut reservation: Reservation,
         mut unread: Option<Unread>,
         asked: &AtomicU64,
     ) -> StoreResult<()> {
+        let source = origin.source;
         let disk = reader.disk.as_ref().and_then(|disk| disk.object(source));
         let mut rest = self.blocks.clone();
         while !rest.is_empty() {
@@ -127,7 +138,7 @@ impl Fetch {
                     let outcome = self
                         .request(
                             bytes,
-                            source,
+                            origin,
                             &reader.cache,
                             content,
                             &mut reservation,
@@ -155,13 +166,13 @@ impl Fetch {
     async fn request(
         &self,
         bytes: Range<u64>,
-        source: &Source,
+        origin: Origin<'_>,
         cache: &BlockCache,
         content: u64,
         reservation: &mut Reservation,
         mut unread: Option<&mut Unread>,
     ) -> StoreResult<()> {
-        request(source, bytes, |frames| {
+        request(origin, bytes, |frames| {
             let length = frames.iter().map(|frame| frame.len() as u64).sum();
             let block = Block::new(frames, reservation.split(length), unread.as_deref_mut());
             self.fill(cache, content, block);
@@ -175,15 +186,18 @@ impl Fetch {
 /// # Errors
 /// `Changed` when there is another version; the store's.
 pub(super) async fn request(
-    source: &Source,
+    origin: Origin<'_>,
     bytes: Range<u64>,
     mut block: impl FnMut(Vec<Bytes>),
 ) -> StoreResult<()> {
+    let Origin { source, distance } = origin;
     let (start, end) = (bytes.start, bytes.end);
+    let asked = Instant::now();
     let body = source
         .store
         .get(&source.key, bytes, source.etag.as_ref())
         .await?;
+    distance.note(asked.elapsed());
     if body.object_size != source.size || body.range != (start..end) {
         return Err(StoreError::Changed {
             object: object_name(source),

@@ -10,7 +10,8 @@ use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::block::{Block, Segments, Unread};
-use super::fetch::{Fetch, object_name};
+use super::distance::Distance;
+use super::fetch::{Fetch, Origin, object_name};
 use super::look::Looking;
 use super::pattern::{Pattern, Strided};
 use super::plan::{Extents, Format, Plan};
@@ -21,6 +22,8 @@ use crate::store::{StoreError, StoreResult};
 /// Bytes of one prefetch request at most: long enough that the time to the first byte does not
 /// matter on a connection of 90 MB/s, short enough that 16 of them fit a small budget.
 const REQUEST_SIZE: u64 = 8 << 20;
+/// Requests that overlap where the store is near.
+const NEAR_REQUESTS: u64 = 8;
 /// Bytes of one prefetch request at least, unless the window itself is smaller.
 const SMALL_REQUEST: u64 = 1 << 20;
 /// An object up to this size, bytes, is fetched whole at the first touch: its bytes cost less than
@@ -82,6 +85,7 @@ pub struct ObjectReader {
     reader: Arc<Reader>,
     content: u64,
     size: u64,
+    distance: Distance,
     state: Mutex<State>,
 }
 
@@ -95,6 +99,7 @@ impl ObjectReader {
             reader,
             content,
             size: source.size,
+            distance: Distance::default(),
             state: Mutex::new(State {
                 source,
                 pattern: Pattern::default(),
@@ -112,6 +117,10 @@ impl ObjectReader {
     pub fn on_disk(&self) -> Option<Arc<File>> {
         let disk = self.reader.disk.as_ref()?;
         disk.object(&self.source())?.whole()
+    }
+
+    pub(super) fn distance(&self) -> &Distance {
+        &self.distance
     }
 
     pub(super) fn reader(&self) -> &Reader {
@@ -347,8 +356,12 @@ impl ObjectReader {
                 None => (None, None, &reader.metrics.bytes_demanded),
             };
             tracing::trace!(blocks = ?fetch.blocks, ahead = unread.is_some(), "fetch");
+            let origin = Origin {
+                source: &source,
+                distance: &this.distance,
+            };
             let outcome = fetch
-                .run(reader, &source, this.content, reservation, unread, asked)
+                .run(reader, origin, this.content, reservation, unread, asked)
                 .await;
             drop(permit);
             // The blocks are in the cache now, and can be given up for others.
@@ -419,8 +432,7 @@ impl ObjectReader {
         }
         // A window is cut so that as many requests as there may be overlap: a connection's share of
         // the wire is what limits each. A rest smaller than a request waits for more.
-        let transfers = self.reader.options.transfers as u64;
-        let request = (ahead.window / transfers).clamp(SMALL_REQUEST, REQUEST_SIZE);
+        let request = (ahead.window / self.requests()).clamp(SMALL_REQUEST, REQUEST_SIZE);
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);
@@ -461,11 +473,22 @@ impl ObjectReader {
         }
     }
 
-    /// Most bytes to run ahead of one stream: enough for every permitted request, within what all
-    /// of them may.
+    /// Most bytes to run ahead of one stream: enough for all its requests, within what all streams
+    /// may.
     fn maximum_window(&self) -> u64 {
-        let wire = (self.reader.options.transfers as u64 + 2) * REQUEST_SIZE;
+        let wire = (self.requests() + 2) * REQUEST_SIZE;
         wire.min(self.most_unread())
+    }
+
+    /// Requests of one stream: as many as there may be, but few where they cost no time. Measured, a
+    /// sequential read from a store without delays was 1.65 GB/s with 8 of them, and 1.45 with 32.
+    fn requests(&self) -> u64 {
+        let permitted = self.reader.options.transfers as u64;
+        if self.distance.is_near() {
+            permitted.min(NEAR_REQUESTS)
+        } else {
+            permitted
+        }
     }
 
     /// Most bytes to run ahead of all streams: half of what readers may hold.

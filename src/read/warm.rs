@@ -8,7 +8,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::block::Block;
 use super::disk::DiskObject;
-use super::fetch::{range_of, request};
+use super::fetch::{Origin, range_of, request};
 use super::{BLOCK_SIZE, ObjectReader, Source};
 use crate::budget::Class;
 use crate::store::{StoreError, StoreResult};
@@ -69,7 +69,11 @@ impl ObjectReader {
         let prefetched = &reader.metrics.bytes_prefetched;
         prefetched.fetch_add(length, Ordering::Relaxed);
         let mut filled = Vec::new();
-        request(source, bytes, |frames| {
+        let origin = Origin {
+            source,
+            distance: self.distance(),
+        };
+        request(origin, bytes, |frames| {
             let length = frames.iter().map(|frame| frame.len() as u64).sum();
             filled.push(Block::new(frames, reservation.split(length), None));
         })
