@@ -109,7 +109,10 @@ fn read_on(mount: &Mount<'_>, histories: &[History], progress: &Progress, reader
             if bytes.is_empty() && version.is_none() {
                 continue;
             }
-            let version = *version.get_or_insert_with(|| version_of(history, at, bytes));
+            version = version.or_else(|| version_of(history, at, bytes));
+            let Some(version) = version else {
+                continue;
+            };
             // Nothing is believed longer than the moment: it is the newest, or a newer one.
             assert!(version + 1 >= stored, "{name}: {version} after {stored}");
             let whole = history.version(version);
@@ -139,16 +142,21 @@ fn read_fully(file: &File, buffer: &mut [u8], at: u64) -> std::io::Result<usize>
     Ok(there)
 }
 
-/// The version that has these bytes: as the first word that is not the format's own says.
-fn version_of(history: &History, at: u64, bytes: &[u8]) -> usize {
+/// The version that has these bytes; none if several have: a container's directory is the same in
+/// all that are of one size.
+fn version_of(history: &History, at: u64, bytes: &[u8]) -> Option<usize> {
     let known = history.versions.read().unwrap();
     let of = |version: &usize| {
         let whole = &known[*version];
         let at = whole.len().min(at as usize);
         whole[at..].starts_with(bytes)
     };
-    let found = (0..known.len()).find(of);
-    found.unwrap_or_else(|| panic!("at {at}: no version, {} at the beginning", told(bytes)))
+    let found: Vec<usize> = (0..known.len()).filter(of).collect();
+    match found.as_slice() {
+        [] => panic!("at {at}: no version, {} at the beginning", told(bytes)),
+        [version] => Some(*version),
+        _ => None,
+    }
 }
 
 #[test]
