@@ -95,6 +95,36 @@ fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
 }
 
 #[test]
+fn what_the_kernel_reads_around_a_tensors_last_page_does_not_begin_the_next_one() {
+    let lab = Lab::new();
+    let tensor = 16 * MIB;
+    let head = safetensors_head(64, tensor);
+    let begin = head.len() as u64 + 31 * tensor;
+    let key = format!("{PREFIX}/m.safetensors");
+    let size = head.len() as u64 + 64 * tensor;
+    lab.s3.put_generated(BUCKET, &key, head, size);
+    let mount = lab.mount();
+    let mut options = File::options();
+    let direct = options.read(true).custom_flags(libc::O_DIRECT);
+    let file = direct.open(mount.at("m.safetensors")).unwrap();
+    let page = |offset: u64| offset / 4096 * 4096;
+    let around = 128 << 10;
+    let mut piece = vec![0; around as usize];
+    file.read_exact_at(&mut piece, 0).unwrap();
+    // As a mapping is copied: its first page, its last one, and the rest.
+    file.read_exact_at(&mut piece, page(begin)).unwrap();
+    let last = page(begin + tensor) - around / 2;
+    file.read_exact_at(&mut piece, last).unwrap();
+    let mut at = page(begin) + around;
+    while at < last {
+        file.read_exact_at(&mut piece, at).unwrap();
+        at += around;
+    }
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert!(fetched <= tensor + MIB, "{fetched}");
+}
+
+#[test]
 fn random_reads_that_are_all_alike_are_fetched_whole_at_their_first_touch() {
     let lab = Lab::new();
     lab.s3

@@ -32,6 +32,8 @@ const WHOLE_OBJECT: u64 = 512 * 1024;
 /// A read this close to the beginning of a tensor begins it, bytes: the C library copies each MiB of
 /// a mapping backwards, and the kernel reads ahead out of order.
 const BEGINNING: u64 = 2 << 20;
+/// The kernel's page, bytes.
+const PAGE: u64 = 4096;
 /// The kernel reads around the first page of a tensor that is touched, this far to each side, bytes.
 const EDGE: u64 = 128 << 10;
 /// A prefetch that failed is repeated by each reader that needs it, this often.
@@ -387,7 +389,11 @@ impl ObjectReader {
                 if extent.as_ref().is_some_and(looks) {
                     return;
                 }
-                extent
+                // Read around the last page of a tensor, it is no beginning of the next one.
+                let around = extent.as_ref().filter(|it| read.start + PAGE < it.start);
+                around
+                    .and_then(|_| extents.containing(read.start))
+                    .or(extent)
             }
             _ => None,
         };
