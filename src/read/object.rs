@@ -389,8 +389,12 @@ impl ObjectReader {
                 if extent.as_ref().is_some_and(looks) {
                     return;
                 }
-                // Read around the last page of a tensor, it is no beginning of the next one.
-                let around = extent.as_ref().filter(|it| read.start + PAGE < it.start);
+                // Around the last page of a tensor that was begun, it begins no other. Elsewhere it
+                // may as well be around the first page of one.
+                let last = |it: &&Range<u64>| {
+                    read.start + PAGE < it.start && state.begun == Some(it.start)
+                };
+                let around = extent.as_ref().filter(last);
                 around
                     .and_then(|_| extents.containing(read.start))
                     .or(extent)
