@@ -18,7 +18,7 @@ import time
 import peers
 import report
 from rows import ROWS, WRITES
-from row import drop_caches
+from row import drop_caches, touch_memory
 from server import MIB, PROFILES, TOP, Server, prepare
 
 USUAL_ROWS = ("write,torchsave,safetensors,checkpoint,checkpoint8,small,small8,append,overwrite,"
@@ -126,6 +126,7 @@ def run_profile(profile, arguments, names, asked, work):
             columns = [name for name in names if applies(name, row_name, row, asked)]
             cells = results.setdefault(row_name, {name: [] for name in names})
             failed = set()
+            touch_memory()
             for _ in range(arguments.repeat):
                 for name in columns:
                     if name in failed:

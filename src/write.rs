@@ -99,7 +99,7 @@ impl Writer {
         let part_size = usize::try_from(options.part_size).unwrap_or(usize::MAX);
         let room = Room {
             budget: Arc::clone(&memory),
-            pool: Pool::new(Arc::clone(&memory), part_size, options.transfers),
+            pool: Pool::new(Arc::clone(&memory), part_size),
         };
         Arc::new(Self {
             memory,

@@ -365,7 +365,7 @@ mod tests {
 
     fn room(limit: usize) -> Room {
         let budget = Budget::plain(limit as u64);
-        let pool = Pool::new(Arc::clone(&budget), SIZE, 8);
+        let pool = Pool::new(Arc::clone(&budget), SIZE);
         Room { budget, pool }
     }
 

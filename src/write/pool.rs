@@ -23,18 +23,16 @@ pub(super) struct Pool {
     budget: Arc<Budget>,
     /// Bytes of a buffer.
     size: usize,
-    /// Most buffers kept.
-    most: usize,
     kept: Mutex<Vec<Kept>>,
 }
 
 impl Pool {
-    /// A pool of at most `most` buffers of `size` bytes, which gives way when `budget` is short.
-    pub fn new(budget: Arc<Budget>, size: usize, most: usize) -> Arc<Self> {
+    /// A pool of buffers of `size` bytes, as many as `budget` has room for: files that are written
+    /// one after the other need as many again. It gives way when that is short.
+    pub fn new(budget: Arc<Budget>, size: usize) -> Arc<Self> {
         let pool = Arc::new(Self {
             budget: Arc::clone(&budget),
             size,
-            most,
             kept: Mutex::default(),
         });
         let as_reclaimer: std::sync::Weak<Self> = Arc::downgrade(&pool);
@@ -54,7 +52,7 @@ impl Pool {
     /// Keeps a buffer that nobody needs any more, if it is of the right size and all of it can be
     /// reserved at nobody's cost.
     pub fn put(&self, mut bytes: Vec<u8>, mut reservation: Reservation) {
-        if bytes.capacity() != self.size || self.kept.lock().len() >= self.most {
+        if bytes.capacity() != self.size {
             return;
         }
         let missing = (self.size as u64).saturating_sub(reservation.bytes());
@@ -90,7 +88,7 @@ mod tests {
     #[test]
     fn a_buffer_is_kept_reserved_and_gives_way_to_who_needs_the_bytes() {
         let budget = Budget::plain(100);
-        let pool = Pool::new(Arc::clone(&budget), 40, 8);
+        let pool = Pool::new(Arc::clone(&budget), 40);
         for _ in 0..2 {
             let reservation = budget.try_reserve(Class::Write, 10).unwrap();
             pool.put(Vec::with_capacity(40), reservation);
@@ -106,7 +104,7 @@ mod tests {
     #[tokio::test]
     async fn who_waits_for_bytes_gets_those_of_a_buffer_put_here() {
         let budget = Budget::plain(50);
-        let pool = Pool::new(Arc::clone(&budget), 40, 8);
+        let pool = Pool::new(Arc::clone(&budget), 40);
         let reservation = budget.try_reserve(Class::Write, 40).unwrap();
         let waiter = tokio::spawn({
             let budget = Arc::clone(&budget);
@@ -120,7 +118,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_let_go() {
         let budget = Budget::plain(50);
-        let pool = Pool::new(Arc::clone(&budget), 40, 8);
+        let pool = Pool::new(Arc::clone(&budget), 40);
         let other = budget.try_reserve(Class::Read, 30).unwrap();
         let reservation = budget.try_reserve(Class::Write, 10).unwrap();
         pool.put(Vec::with_capacity(40), reservation);
