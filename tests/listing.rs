@@ -126,6 +126,32 @@ fn names_of_the_pages_that_have_come_are_known_while_the_rest_is_awaited() {
 }
 
 #[test]
+fn what_is_changed_while_a_listing_is_read_stays_changed() {
+    let lab = Lab::new();
+    for index in 0..3 * PAGE {
+        lab.put(&format!("f{index:05}"), vec![0; 3]);
+    }
+    let mount = lab.mount_with(&["--metadata-ttl", "forever"]);
+    assert_eq!(names(&mount.at("")).len(), 3 * PAGE);
+    let mut entries = fs::read_dir(mount.at("")).unwrap();
+    assert!(entries.next().is_some());
+    let (rewritten, removed) = (mount.at("f02999"), mount.at("f02998"));
+    fs::write(&rewritten, b"rewritten").unwrap();
+    let inode = fs::metadata(&rewritten).unwrap().ino();
+    fs::remove_file(&removed).unwrap();
+    // As `ls -l` does: so the kernel asks for names with their attributes.
+    for entry in entries.map(Result::unwrap) {
+        let found = entry.metadata();
+        assert!(found.is_ok() || entry.path() == removed);
+    }
+    let metadata = fs::metadata(&rewritten).unwrap();
+    assert_eq!((metadata.len(), metadata.ino()), (9, inode));
+    assert_eq!(fs::read(&rewritten).unwrap(), b"rewritten");
+    assert_eq!(errno(fs::metadata(&removed)), libc::ENOENT);
+    assert_eq!(errno(fs::read(&removed)), libc::ENOENT);
+}
+
+#[test]
 fn what_a_listing_took_is_given_back_once_nobody_looks_any_more() {
     let lab = Lab::new();
     for index in 0..20 * PAGE {

@@ -234,10 +234,10 @@ impl Directory {
         many
     }
 
-    /// Drops what is stale; tells whether that has to be done again in a while.
+    /// Drops what is stale; tells whether that has to be done again in a while: until nothing is left.
     pub fn drop_stale_again(&mut self, ttl: Duration) -> bool {
         self.drop_stale(ttl);
-        self.watched = self.known.len() > FEW;
+        self.watched = !self.known.is_empty();
         self.watched
     }
 

@@ -51,6 +51,13 @@ pub struct FileState {
     pub kernel_version: Option<u64>,
 }
 
+impl FileState {
+    /// Whether the store lacks something of the file.
+    pub fn is_dirty(&self) -> bool {
+        self.storing || self.draft.as_ref().is_some_and(|draft| draft.is_dirty())
+    }
+}
+
 impl File {
     pub fn new(published: Option<FileInfo>) -> Arc<Self> {
         let state = FileState {
@@ -77,8 +84,7 @@ impl File {
 
     /// Whether the store lacks something of it.
     pub fn is_dirty(&self) -> bool {
-        let state = self.state.lock();
-        state.storing || state.draft.as_ref().is_some_and(|draft| draft.is_dirty())
+        self.state.lock().is_dirty()
     }
 
     /// Bytes and time of last change, as `stat` shows them.

@@ -172,7 +172,6 @@ impl Pages {
         present.retain(|it| self.seen.insert(Arc::clone(&it.name)));
         if self.token.is_none() {
             self.finished = true;
-            self.end(&mut present);
         }
         Ok(present)
     }
@@ -185,14 +184,20 @@ impl Pages {
         }
     }
 
-    /// Adds what came to be there while pages were asked for that do not show it.
-    fn end(&mut self, present: &mut Vec<Present>) {
+    /// Notes that there is nothing else, and returns what came to be there while pages were asked for
+    /// that do not show it.
+    pub fn end(&mut self) -> Vec<Present> {
         let begun = self.listing.begun;
         let mut names = self.listing.place.directory.names.lock();
         names.note_complete(begun);
-        if names.len() != self.seen.len() {
-            present.extend(names.others(begun, |name| self.seen.contains(name)));
+        if names.len() == self.seen.len() {
+            return Vec::new();
         }
+        let others = names.others(begun, |name| self.seen.contains(name));
+        drop(names);
+        self.seen
+            .extend(others.iter().map(|it| Arc::clone(&it.name)));
+        others
     }
 
     /// Whether a name was among those given out.

@@ -89,47 +89,39 @@ impl Vfs {
             _ => {}
         }
         let place = self.place(parent).await?;
+        let begun = Instant::now();
         let mut found = place.directory.names.lock().lookup(name, ttl);
+        if found == Lookup::Unknown {
+            // To ask for a name that is only here would be in vain.
+            if let Some(inode) = local_child(&self.tree.lock(), parent, name)? {
+                return Ok((inode, ttl));
+            }
+            found = self.ask(&place, name).await?;
+        }
+        let mut tree = self.tree.lock();
         // What is only here matters where the store is not known to have the directory; to look for
         // it may mean to look at all that is below.
         if !matches!(found, Lookup::Found(Entry::Directory, _))
-            && let Some(inode) = self.local_child(parent, name)?
+            && let Some(inode) = local_child(&tree, parent, name)?
         {
             return Ok((inode, ttl));
         }
-        if found == Lookup::Unknown {
-            found = self.ask(&place, name).await?;
-        }
-        // It may have been made here while the store was asked.
-        if let Some(inode) = self.local_child(parent, name)? {
-            return Ok((inode, ttl));
+        // What is not unpublished any more was told to the directory before.
+        let newer = place.directory.names.lock().since(name, begun);
+        if newer != Lookup::Unknown {
+            found = newer;
         }
         match found {
             Lookup::Found(entry, at) => {
                 let believed = ttl.saturating_sub(at.elapsed());
-                Ok((self.node(parent, name, &entry), believed))
+                let inode = store_node(&mut tree, parent, name.into(), &entry);
+                Ok((inode, believed))
             }
             Lookup::Absent | Lookup::Unknown => {
-                self.tree.lock().unlink(parent, name);
+                tree.unlink(parent, name);
                 Err(VfsError::NOT_FOUND)
             }
         }
-    }
-
-    /// A child that counts whatever the store says: unpublished, or a local directory.
-    fn local_child(&self, parent: Inode, name: &str) -> VfsResult<Option<Inode>> {
-        let tree = self.tree.lock();
-        let node = tree.get(parent).ok_or(VfsError::STALE)?;
-        if !node.is_directory() {
-            return Err(VfsError::NOT_DIRECTORY);
-        }
-        Ok(tree
-            .child(parent, name)
-            .and_then(|(inode, node)| match &node.kind {
-                Kind::File(file) => file.is_dirty().then_some(inode),
-                Kind::Directory(_) => exists_locally(&tree, inode).then_some(inode),
-                _ => None,
-            }))
     }
 
     /// Opens a directory's location.
@@ -256,23 +248,35 @@ impl Vfs {
         let mut tree = self.tree.lock();
         run_node(&mut tree, run)
     }
-
-    /// The node of something the store has.
-    pub(super) fn node(&self, parent: Inode, name: &str, entry: &Entry) -> Inode {
-        let mut tree = self.tree.lock();
-        store_node(&mut tree, parent, name.into(), entry)
-    }
 }
 
-/// The node of something a listing showed.
-pub(super) fn listed_node(tree: &mut Tree, parent: Inode, listed: &super::Listed) -> Inode {
+/// A child that counts whatever the store says: unpublished, or a local directory.
+fn local_child(tree: &Tree, parent: Inode, name: &str) -> VfsResult<Option<Inode>> {
+    let node = tree.get(parent).ok_or(VfsError::STALE)?;
+    if !node.is_directory() {
+        return Err(VfsError::NOT_DIRECTORY);
+    }
+    let child = tree.child(parent, name);
+    Ok(child.and_then(|(inode, node)| match &node.kind {
+        Kind::File(file) => file.is_dirty().then_some(inode),
+        Kind::Directory(_) => exists_locally(tree, inode).then_some(inode),
+        _ => None,
+    }))
+}
+
+/// The node of something a listing showed, and since when it is known to be so; `None` if it is gone.
+pub(super) fn listed_node(
+    tree: &mut Tree,
+    parent: Inode,
+    listed: &super::Listed,
+) -> Option<(Inode, Instant)> {
     if parent == CONTROL
         && let Some(inode) = control_node(&listed.name)
     {
-        return inode;
+        return Some((inode, listed.at));
     }
     if let Some(run) = &listed.run {
-        return run_node(tree, (**run).clone());
+        return Some((run_node(tree, (**run).clone()), listed.at));
     }
     let local = tree.child(parent, &listed.name).and_then(|(inode, node)| {
         let counts = match (&node.kind, &listed.entry) {
@@ -281,9 +285,24 @@ pub(super) fn listed_node(tree: &mut Tree, parent: Inode, listed: &super::Listed
             (_, Entry::Directory) => true,
             _ => exists_locally(tree, inode),
         };
-        counts.then_some(inode)
+        counts.then_some((inode, listed.at))
     });
-    local.unwrap_or_else(|| store_node(tree, parent, Arc::clone(&listed.name), &listed.entry))
+    if local.is_some() {
+        return local;
+    }
+    // The listing may be older than what was done here since.
+    let (entry, at) = match tree.get(parent).map(|node| &node.kind) {
+        Some(Kind::Run(_, directory) | Kind::Directory(directory)) => {
+            match directory.names.lock().since(&listed.name, listed.at) {
+                Lookup::Found(entry, at) => (entry, at),
+                Lookup::Absent => return None,
+                Lookup::Unknown => (listed.entry.clone(), listed.at),
+            }
+        }
+        _ => (listed.entry.clone(), listed.at),
+    };
+    let inode = store_node(tree, parent, Arc::clone(&listed.name), &entry);
+    Some((inode, at))
 }
 
 /// The inode of a file in `.mlfs`.
@@ -340,6 +359,9 @@ fn store_node(tree: &mut Tree, parent: Inode, name: Name, entry: &Entry) -> Inod
             (Kind::Directory(_), Entry::Directory) => return inode,
             (Kind::File(file), Entry::File(info)) => {
                 let mut state = file.state();
+                if state.is_dirty() {
+                    return inode;
+                }
                 let same = state
                     .published
                     .as_ref()

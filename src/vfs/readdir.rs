@@ -21,7 +21,7 @@ pub struct Listed {
     /// Set for the runs of the root.
     pub run: Option<Box<RunEntry>>,
     /// When it was asked for: it is believed for the TTL from then on.
-    at: Instant,
+    pub(super) at: Instant,
 }
 
 /// Names from a position of an open directory on; empty at its end. The directory waits while this
@@ -138,7 +138,11 @@ impl Vfs {
                 let present = pages.next().await?;
                 stream.listed.extend(present.into_iter().map(Listed::from));
                 if pages.finished {
+                    // First: what is published meanwhile is among those that are known then.
                     let local = self.local_names(inode);
+                    stream
+                        .listed
+                        .extend(pages.end().into_iter().map(Listed::from));
                     let missing = local.into_iter().filter(|it| !pages.has(&it.name));
                     stream.listed.extend(missing);
                     stream.source = StreamSource::Finished;
@@ -160,11 +164,12 @@ impl Vfs {
             Kind::Run(..) | Kind::Directory(_) => {
                 let place = self.place(inode).await?;
                 let ttl = self.options.metadata_ttl;
+                // First: what is published meanwhile is among those that are known then.
+                let mut local = self.local_names(inode);
                 let known = place.directory.names.lock().complete(ttl);
                 stream.source = match known {
                     None => StreamSource::Store(Pages::of(self.begin_listing(&place))),
                     Some(known) => {
-                        let mut local = self.local_names(inode);
                         local.retain(|it| {
                             let found = known.binary_search_by(|known| known.name.cmp(&it.name));
                             found.is_err()
@@ -223,11 +228,13 @@ impl Vfs {
         let now = Instant::now();
         let mut tree = self.tree.lock();
         for (index, it) in listed.iter().enumerate() {
-            let inode = listed_node(&mut tree, parent, it);
+            let Some((inode, at)) = listed_node(&mut tree, parent, it) else {
+                continue;
+            };
             let Some(node) = tree.get(inode) else {
                 continue;
             };
-            let believed = ttl.saturating_sub(now.duration_since(it.at));
+            let believed = ttl.saturating_sub(now.duration_since(at));
             if !take(index, it, &self.describe(inode, node, believed)) {
                 tree.reap(inode);
                 return;
