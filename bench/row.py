@@ -1,6 +1,5 @@
 """What a row is."""
 
-import mmap
 import os
 import pathlib
 import sys
@@ -46,23 +45,3 @@ def drop_caches():
         pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as error:
         print(f"caches not dropped: {error}", file=sys.stderr)
-
-
-# What the server and the measured program use together in most rows, bytes.
-TOUCHED = 6 << 30
-# madvise's number for it, which Python does not name.
-MADV_POPULATE_WRITE = 23
-
-
-def touch_memory():
-    """A virtual machine's memory is far slower when it is used for the first time, or again after it
-    was given back to the host: without this, whoever is measured first pays for the others. Once a
-    row is enough."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = mmap.mmap(-1, min(TOUCHED, free // 2))
-    try:
-        memory.madvise(MADV_POPULATE_WRITE)
-    except OSError as error:
-        print(f"memory not touched: {error}", file=sys.stderr)
-    finally:
-        memory.close()

@@ -8,6 +8,10 @@ use clap::Parser;
 use mlfs_lab::s3::{ACCESS_KEY, S3Server, SECRET_KEY, ServerOptions};
 use mlfs_lab::tracking::TrackingServer;
 
+/// Keeps memory as `_RJEM_MALLOC_CONF` says.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// An S3 server in memory; prints one JSON line when it answers, and runs until it is killed
 #[derive(Debug, Parser)]
 struct Arguments {
