@@ -66,7 +66,8 @@ pub struct MountArguments {
     #[arg(value_name = "MOUNTPOINT")]
     pub mountpoint: PathBuf,
 
-    /// The MLflow tracking server, such as http://localhost:5000
+    /// The MLflow tracking server, such as http://localhost:5000, or MLflow's own files:
+    /// sqlite:///mlflow.db, ./mlruns [default: what of these is in the working directory]
     #[arg(
         long,
         env = "MLFLOW_TRACKING_URI",
@@ -187,7 +188,7 @@ pub struct MountArguments {
 #[derive(Clone, Debug)]
 pub struct Config {
     pub mountpoint: PathBuf,
-    pub tracking_uri: String,
+    pub tracking_uri: Option<String>,
     pub foreground: bool,
     pub read_only: bool,
     pub allow_other: bool,
@@ -226,12 +227,6 @@ impl MountArguments {
     /// # Errors
     /// Names the flag, the value, and what is accepted.
     pub fn validate(&self) -> anyhow::Result<Config> {
-        let Some(tracking_uri) = self.tracking_uri.clone().filter(|uri| !uri.is_empty()) else {
-            bail!(
-                "no tracking server: set MLFLOW_TRACKING_URI or give --tracking-uri, \
-                 such as http://localhost:5000"
-            );
-        };
         if !(1..=256).contains(&self.transfers) {
             bail!("--transfers {}: give 1 to 256", self.transfers);
         }
@@ -269,7 +264,7 @@ impl MountArguments {
         };
         Ok(Config {
             mountpoint,
-            tracking_uri,
+            tracking_uri: self.tracking_uri.clone(),
             foreground: self.foreground,
             read_only: self.read_only,
             allow_other: self.allow_other,

@@ -5,11 +5,13 @@
 
 pub mod checksum;
 mod error;
+pub mod local;
 mod location;
 mod metrics;
 pub mod s3;
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -53,7 +55,7 @@ pub struct ObjectMeta {
     pub modified: Option<SystemTime>,
 }
 
-/// One page of a listing; at most 1000 entries.
+/// One page of a listing.
 #[derive(Clone, Debug, Default)]
 pub struct ListPage {
     pub objects: Vec<ObjectMeta>,
@@ -140,6 +142,9 @@ pub struct Capabilities {
     pub maximum_parts: u32,
     /// Largest body of one PUT or part, bytes (5 GiB on S3).
     pub maximum_put_size: u64,
+    /// Its objects are files of this machine: [`Store::file_of`] opens them, and a copy of them on
+    /// local disk is of no use.
+    pub local: bool,
 }
 
 /// An object store. Every call retries what can be retried, within bounds, before it fails.
@@ -183,6 +188,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         range: Range<u64>,
         version: Option<&ETag>,
     ) -> StoreResult<RangeBody>;
+
+    /// The object as a file, where it is one of this machine and still that version.
+    fn file_of(&self, _key: &str, _version: Option<&ETag>) -> Option<File> {
+        None
+    }
 
     /// Writes a whole object atomically.
     async fn put(&self, key: &str, payload: Payload, condition: Condition) -> StoreResult<Stored>;

@@ -4,9 +4,12 @@ mod authentication;
 mod credentials_file;
 mod error;
 mod failure;
-pub mod rest;
+mod files;
+mod rest;
 pub mod settings;
 mod sigv4;
+mod source;
+mod sqlite;
 mod transport;
 mod wire;
 
@@ -17,13 +20,28 @@ use async_trait::async_trait;
 
 pub use authentication::Authentication;
 pub use error::{TrackingError, TrackingResult};
+pub use files::FileTracking;
+pub use rest::RestTracking;
 pub use settings::TrackingSettings;
+pub use source::TrackingSource;
+pub use sqlite::SqliteTracking;
 
 /// MLflow's lifecycle of a run: deleted ones are not shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lifecycle {
     Active,
     Deleted,
+}
+
+impl Lifecycle {
+    /// MLflow's word for it.
+    fn of(stage: &str) -> Self {
+        if stage == "deleted" {
+            Self::Deleted
+        } else {
+            Self::Active
+        }
+    }
 }
 
 /// A run as the tracking server describes it.
@@ -61,6 +79,6 @@ pub trait Tracking: fmt::Debug + Send + Sync + 'static {
     /// Ids of the active experiments.
     async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<String>>;
 
-    /// Active runs of the experiments, oldest first.
+    /// Active runs of the experiments, in an order in which no later page shifts when one is made.
     async fn runs(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>>;
 }

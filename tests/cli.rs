@@ -55,11 +55,8 @@ fn each_wrong_use_is_one_clear_error_and_exit_code_2() {
             &[at, "--tracking-uri", "postgresql://me:hunter2@h/db"],
             "http(s) URI",
         ),
-        (
-            &[at, "--tracking-uri", "sqlite:///mlflow.db"],
-            "mlflow server",
-        ),
-        (&[at, "--tracking-uri", "file:///mlruns"], "mlflow server"),
+        (&[at, "--tracking-uri", "sqlite://"], "sqlite:///mlflow.db"),
+        (&[at, "--tracking-uri", "file://h/runs"], "another machine"),
         (&[at, "--tracking-uri", "me:hunter2@h"], "http(s) URI"),
         (
             &[at, "--tracking-uri", "http://me:hunter2@h:port"],

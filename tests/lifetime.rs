@@ -170,6 +170,17 @@ fn a_directory_that_another_process_is_mounting_on_is_refused() {
 }
 
 #[test]
+fn a_mount_that_is_read_only_is_unmounted_like_any_other() {
+    let lab = Lab::new();
+    lab.put("f", b"x".as_slice());
+    let mount = lab.mount_with(&["--read-only"]);
+    assert_eq!(fs::read(mount.at("f")).unwrap(), b"x");
+    let output = run(&lab, &["unmount".as_ref(), mount.path.as_os_str()]);
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(mounts_at(&mount.path), 0);
+}
+
+#[test]
 fn a_symlink_is_as_good_as_the_mount_point_it_leads_to() {
     let lab = Lab::new();
     let path = lab.empty_folder();

@@ -95,9 +95,15 @@ pub(super) fn status(path: &Path, patience: Duration) -> Result<Status, Unanswer
     })
 }
 
-/// Asks the mount at `path` to send what is closed and unsent.
+/// Asks the mount at `path` to send what is closed and unsent. One that is read-only cannot be told
+/// anything, and has nothing to send.
 pub(super) fn drain(path: &Path, patience: Duration) -> Result<(), Unanswered> {
-    ask(path, Question::Drain, NOTHING, patience).map(drop)
+    match ask(path, Question::Drain, NOTHING, patience) {
+        Err(Unanswered::Failed(error)) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            Ok(())
+        }
+        answer => answer.map(drop),
+    }
 }
 
 /// Asks the mount at `path` to send these uploads again.

@@ -18,9 +18,7 @@ use crate::read::{ReadOptions, Reader};
 use crate::store::Stores;
 use crate::store::s3::S3Settings;
 use crate::telemetry::{self, Log};
-use crate::tracking::Tracking;
-use crate::tracking::rest::RestTracking;
-use crate::tracking::settings::{SettingError, TrackingSettings};
+use crate::tracking::TrackingSource;
 use crate::vfs::{Vfs, VfsOptions, moving};
 use crate::write::{SMALLEST_PART, Spill, WriteOptions, Writer};
 
@@ -37,13 +35,15 @@ const FILES_A_CLOSE: u64 = 8;
 /// Read blocks and transfers keep this share of the memory, whatever writers do.
 const FLOOR_SHARE: u64 = 8;
 
-/// How the tracking server is reached: the flag, and MLflow's own variables and files.
+/// Where MLflow's metadata comes from: the flag, and MLflow's own variables and files.
 ///
 /// # Errors
-/// What is wrong with one of them.
-pub(super) fn tracking_settings(config: &Config) -> Result<TrackingSettings, SettingError> {
-    let home = std::env::home_dir();
-    TrackingSettings::new(&config.tracking_uri, variable, home.as_deref())
+/// What is wrong with one of them, or that there is none.
+pub(super) fn tracking_source(config: &Config) -> anyhow::Result<TrackingSource> {
+    let folder = std::env::current_dir().context("the working directory cannot be found")?;
+    let (uri, home) = (config.tracking_uri.as_deref(), std::env::home_dir());
+    let source = TrackingSource::choose(uri, &folder, variable, home.as_deref())?;
+    Ok(source)
 }
 
 /// How S3 is reached: the flag, and MLflow's own variables.
@@ -180,7 +180,7 @@ impl Signals {
 /// Builds the rooms, from right to left.
 async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     let runtime = tokio::runtime::Handle::current();
-    let tracking = Arc::new(RestTracking::new(tracking_settings(config)?)?);
+    let tracking = tracking_source(config)?.open()?;
     tracking.probe().await?;
     let tracking_uri = tracking.name().to_owned();
     let stores = Arc::new(Stores::new(store_settings(config)?));

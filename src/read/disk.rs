@@ -164,7 +164,7 @@ impl Disk {
 
     /// The cache's part for one version; `None` when it cannot be cached.
     pub fn object(self: &Arc<Self>, source: &Source) -> Option<DiskObject> {
-        if !self.is_on() {
+        if !self.is_on() || source.store.capabilities().local {
             return None;
         }
         Some(DiskObject {

@@ -114,11 +114,15 @@ impl ObjectReader {
         })
     }
 
-    /// All of the object as a file, if the disk cache has it whole, and this process has checked or
-    /// written every block of it.
+    /// All of the object as a file: the store's own where it is one of this machine, or that of the
+    /// disk cache, if it has it whole, and this process has checked or written every block of it.
     pub fn on_disk(&self) -> Option<Arc<File>> {
+        let source = self.source();
+        if let Some(file) = source.store.file_of(&source.key, source.etag.as_ref()) {
+            return Some(Arc::new(file));
+        }
         let disk = self.reader.disk.as_ref()?;
-        disk.object(&self.source())?.whole()
+        disk.object(&source)?.whole()
     }
 
     pub(super) fn distance(&self) -> &Distance {

@@ -28,6 +28,8 @@ pub enum StoreError {
     PartsDiffer { object: String, detail: String },
     #[error("{object}: too large for the store: {detail}")]
     TooLarge { object: String, detail: String },
+    #[error("{object}: there is no room for it in the store: {detail}")]
+    Full { object: String, detail: String },
     #[error("{object}: the store does not accept this name: {detail}")]
     InvalidName { object: String, detail: String },
     #[error("{object}: the store cannot do this: {detail}")]
@@ -50,6 +52,7 @@ impl StoreError {
             Self::PermissionDenied { .. } | Self::Unauthenticated { .. } => libc::EACCES,
             Self::Changed { .. } | Self::Conflict { .. } => libc::ESTALE,
             Self::TooLarge { .. } => libc::EFBIG,
+            Self::Full { .. } => libc::ENOSPC,
             Self::InvalidName { .. } => libc::EINVAL,
             Self::Unsupported { .. } => libc::EOPNOTSUPP,
             Self::UploadGone { .. }

@@ -1,11 +1,13 @@
 //! Artifact URI → store and key prefix; one client for all buckets, one store a bucket.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use url::Url;
 
+use super::local::{self, LocalStore, LocalUri};
 use super::metrics::StoreMetrics;
 use super::s3::{S3Client, S3Settings, S3Store};
 use super::{Store, StoreError, StoreResult};
@@ -35,16 +37,19 @@ pub struct Stores {
     s3: S3Settings,
     client: tokio::sync::OnceCell<Arc<S3Client>>,
     buckets: Mutex<HashMap<String, Arc<dyn Store>>>,
+    local: Arc<dyn Store>,
     metrics: Arc<StoreMetrics>,
 }
 
 impl Stores {
     pub fn new(s3: S3Settings) -> Self {
+        let metrics = Arc::<StoreMetrics>::default();
         Self {
             s3,
             client: tokio::sync::OnceCell::new(),
             buckets: Mutex::default(),
-            metrics: Arc::default(),
+            local: Arc::new(LocalStore::new(Arc::clone(&metrics))),
+            metrics,
         }
     }
 
@@ -53,11 +58,23 @@ impl Stores {
         self.metrics.to_json()
     }
 
-    /// The location an artifact URI (`s3://bucket/path`) names. No request is sent to the store.
+    /// The location an artifact URI names: `s3://bucket/path`, `file:///path` or a path. No request
+    /// is sent to the store.
     ///
     /// # Errors
-    /// `Unsupported` for a scheme that no store serves, `InvalidName` for a malformed URI.
+    /// `Unsupported` for a scheme that no store serves, and for a path inside a mount of mlfs;
+    /// `InvalidName` for a malformed URI.
     pub async fn locate(&self, artifact_uri: &str) -> StoreResult<Location> {
+        match LocalUri::parse(artifact_uri) {
+            LocalUri::Path(path) => return self.directory(path).await,
+            LocalUri::Elsewhere => {
+                return Err(StoreError::Unsupported {
+                    object: without_credentials(artifact_uri),
+                    detail: "the artifact URI names files of another machine".to_owned(),
+                });
+            }
+            LocalUri::Other => {}
+        }
         let scheme = artifact_uri
             .split_once(':')
             .map_or("", |(scheme, _)| scheme);
@@ -79,6 +96,15 @@ impl Stores {
         Ok(Location {
             store,
             prefix: prefix.trim_matches('/').to_owned(),
+        })
+    }
+
+    /// A directory of this machine, which need not exist.
+    async fn directory(&self, path: PathBuf) -> StoreResult<Location> {
+        let prefix = local::check(path).await?;
+        Ok(Location {
+            store: Arc::clone(&self.local),
+            prefix,
         })
     }
 

@@ -180,6 +180,7 @@ impl Store for S3Store {
             minimum_part_size: MINIMUM_PART,
             maximum_parts: MAXIMUM_PARTS,
             maximum_put_size: MAXIMUM_PUT,
+            local: false,
         }
     }
 

@@ -168,7 +168,7 @@ impl Tracking for RestTracking {
 }
 
 /// What can be a run id; anything else is not asked for.
-fn is_run_id(text: &str) -> bool {
+pub(super) fn is_run_id(text: &str) -> bool {
     (1..=LONGEST_RUN_ID).contains(&text.len())
         && text
             .bytes()

@@ -89,6 +89,13 @@ impl<'a> Variables<'a> {
         }
     }
 
+    /// The workspace that is to be shown.
+    pub fn workspace(&self) -> Option<String> {
+        self.text("MLFLOW_WORKSPACE")
+            .map(|workspace| workspace.trim().to_owned())
+            .filter(|workspace| !workspace.is_empty())
+    }
+
     pub fn number(&self, name: &str) -> Result<Option<u64>, SettingError> {
         let parse = |text: String| {
             text.parse()
@@ -127,10 +134,7 @@ impl TrackingSettings {
         Ok(Self {
             url,
             authentication,
-            workspace: variables
-                .text("MLFLOW_WORKSPACE")
-                .map(|workspace| workspace.trim().to_owned())
-                .filter(|workspace| !workspace.is_empty()),
+            workspace: variables.workspace(),
             insecure_tls,
             server_certificate,
             client_certificate: path("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
@@ -154,13 +158,6 @@ fn server_url(uri: &str) -> Result<Url, SettingError> {
     let scheme = uri.split_once(':').map_or("", |(scheme, _)| scheme);
     match scheme.to_ascii_lowercase().as_str() {
         "http" | "https" => {}
-        "" | "sqlite" | "file" => {
-            return Err(SettingError::new(
-                "the tracking URI names local files, and only the http and https URIs of a server \
-                 are supported yet; start `mlflow server` on those files and give its URI with \
-                 --tracking-uri or MLFLOW_TRACKING_URI",
-            ));
-        }
         "databricks" | "databricks-uc" | "uc" => {
             return Err(SettingError::new(
                 "Databricks' managed tracking server is not supported; give the http(s) URI of an \
@@ -176,7 +173,7 @@ fn server_url(uri: &str) -> Result<Url, SettingError> {
         _ => {
             return Err(SettingError::new(
                 "the tracking URI has a scheme that is not supported; give the http(s) URI of an \
-                 MLflow server, like http://host:5000",
+                 MLflow server, like http://host:5000, sqlite:///mlflow.db or a folder",
             ));
         }
     }
@@ -245,9 +242,6 @@ mod tests {
     #[test]
     fn each_kind_of_uri_that_is_no_server_says_what_to_give_instead() {
         let told = |uri| refusal(uri, &[]);
-        assert!(told("sqlite:///mlflow.db").contains("mlflow server"));
-        assert!(told("file:///srv/mlruns").contains("mlflow server"));
-        assert!(told("./mlruns").contains("mlflow server"));
         assert!(told("databricks://profile").contains("Databricks"));
         assert!(told("mysql+pymysql://host/db").contains("database"));
         assert!(told("ftp://host").contains("http(s)"));

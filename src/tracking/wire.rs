@@ -57,11 +57,7 @@ pub(super) struct ExperimentsAnswer {
 impl From<RunInfo> for Run {
     fn from(info: RunInfo) -> Self {
         Self {
-            lifecycle: if info.lifecycle_stage == "deleted" {
-                Lifecycle::Deleted
-            } else {
-                Lifecycle::Active
-            },
+            lifecycle: Lifecycle::of(&info.lifecycle_stage),
             start_time: info.start_time.as_ref().and_then(milliseconds),
             end_time: info.end_time.as_ref().and_then(milliseconds),
             run_id: info.run_id,
@@ -73,13 +69,16 @@ impl From<RunInfo> for Run {
     }
 }
 
-/// Milliseconds since 1970; 0 is MLflow's "not set". Protobuf's own JSON writes 64-bit numbers as
-/// strings.
+/// Protobuf's own JSON writes 64-bit numbers as strings.
 fn milliseconds(value: &Value) -> Option<SystemTime> {
-    let number = value.as_u64().or_else(|| value.as_str()?.parse().ok())?;
+    since_1970(value.as_u64().or_else(|| value.as_str()?.parse().ok())?)
+}
+
+/// Of milliseconds, as MLflow keeps times; 0 is "not set".
+pub(super) fn since_1970(milliseconds: u64) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH
-        .checked_add(Duration::from_millis(number))
-        .filter(|_| number > 0)
+        .checked_add(Duration::from_millis(milliseconds))
+        .filter(|_| milliseconds > 0)
 }
 
 #[cfg(test)]

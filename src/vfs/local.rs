@@ -1,4 +1,5 @@
-//! Files that are whole in the disk cache: the kernel can read them there by itself.
+//! Files that are whole in the disk cache, or lie in a local directory: the kernel can read them
+//! there by itself.
 //!
 //! Only where nobody writes, on a mount that is read-only: a handle whose reads go to the disk cache
 //! would not see what another writes. The kernel serves all handles of an inode that way or none.
@@ -30,7 +31,7 @@ impl Local {
 impl Vfs {
     /// Whether there can be such files.
     pub fn may_be_local(&self) -> bool {
-        self.options.read_only && self.reader.disk_status().is_some_and(|disk| disk.on)
+        self.options.read_only
     }
 
     /// What the next handle is to be served from; counts it.
@@ -53,8 +54,8 @@ impl Vfs {
     /// any other, and so will be whatever is opened from now on.
     pub fn not_local(&self, handle: u64, error: &std::io::Error) {
         if self.local.refused.fetch_add(1, Ordering::Relaxed) == 0 {
-            tracing::info!(%error, "files that are whole in the disk cache are read through mlfs, \
-                not by the kernel alone");
+            tracing::info!(%error, "files that are whole on local disk are read through mlfs, not by \
+                the kernel alone");
         }
         if let Ok(handle) = self.handles.file(handle) {
             self.local.opened.fetch_sub(1, Ordering::Relaxed);
