@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use harness::{errno, noise, text};
+use harness::{Lab, errno, noise, text};
 
 const RUN: &str = "0123456789abcdef0123456789abcdef";
 const OTHER: &str = "fedcba9876543210fedcba9876543210";
@@ -383,4 +383,15 @@ fn the_kernel_reads_files_of_a_local_directory_by_itself_where_nobody_writes() {
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(status["read"]["opened_on_disk"], 1);
     assert_eq!(status["read"]["bytes_served"], 0);
+}
+
+#[test]
+fn a_run_that_a_server_tells_of_may_lie_in_a_directory_of_this_machine() {
+    let lab = Lab::new();
+    let folder = lab.empty_folder();
+    lab.tracking
+        .add_run(OTHER, &format!("file://{}/a", folder.display()));
+    let mount = lab.mount();
+    fs::write(mount.path.join(OTHER).join("f"), b"content").unwrap();
+    assert_eq!(fs::read(folder.join("a/f")).unwrap(), b"content");
 }

@@ -15,10 +15,10 @@ mod multipart;
 mod uri;
 
 use std::cmp::Reverse;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -118,7 +118,10 @@ async fn in_thread<T: Send + 'static>(
 
 /// Opens a version of a file, and tells how large it is.
 fn open(key: &str, pinned: Option<&ETag>) -> StoreResult<(File, ObjectMeta)> {
-    let file = File::open(path_of(key)).map_err(explain(key))?;
+    // A pipe that somebody put there meanwhile would be waited for.
+    let mut options = OpenOptions::new();
+    let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path_of(key)).map_err(explain(key))?;
     let metadata = file.metadata().map_err(explain(key))?;
     if !metadata.is_file() {
         return Err(StoreError::NotFound {

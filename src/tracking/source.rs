@@ -129,10 +129,14 @@ fn tidy(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// What an error of the file system says, without its number.
+/// What an error of the file system says, and what to do.
 pub(super) fn plain(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::NotFound => "no such file or directory".to_owned(),
+        io::ErrorKind::NotFound => {
+            "no such file or directory; name another with --tracking-uri or \
+                                    MLFLOW_TRACKING_URI"
+                .to_owned()
+        }
         io::ErrorKind::PermissionDenied => "no permission to read it".to_owned(),
         _ => error.to_string(),
     }
