@@ -8,20 +8,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use harness::{Lab, Mount, errno, wait_until};
+use harness::{Lab, Mount, errno, names, wait_until};
 use mlfs_lab::s3::Kind;
 
 /// Keys of one page.
 const PAGE: usize = 1000;
-
-fn names(path: &Path) -> Vec<String> {
-    let entries = fs::read_dir(path).unwrap();
-    let mut names: Vec<String> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
-}
 
 fn listings(lab: &Lab) -> usize {
     lab.s3.stats().of(Kind::List).requests as usize

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use harness::{Lab, errno, noise, text};
+use harness::{Lab, errno, names, noise, text};
 
 const RUN: &str = "0123456789abcdef0123456789abcdef";
 const OTHER: &str = "fedcba9876543210fedcba9876543210";
@@ -128,15 +128,6 @@ impl Drop for Disk {
         // SAFETY: a valid C string.
         unsafe { libc::umount2(self.0.as_ptr(), libc::MNT_DETACH) };
     }
-}
-
-fn names(path: &Path) -> Vec<String> {
-    let entries = fs::read_dir(path).unwrap();
-    let mut names: Vec<String> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]

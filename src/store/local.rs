@@ -310,7 +310,10 @@ impl Store for LocalStore {
         let parts = parts.to_vec();
         self.ask(Request::CompleteMultipart, move |this| {
             let upload = multipart::Upload::open(&key, &upload_id)?;
-            upload.complete(&parts, &condition, &this.names)
+            let stored = upload.complete(&parts, &condition, &this.names)?;
+            // What is left is hidden, and in nobody's way.
+            let _ = upload.remove();
+            Ok(stored)
         })
         .await
     }

@@ -151,7 +151,7 @@ mod tests {
     }
 
     fn path_of(uri: &str) -> PathBuf {
-        match choose(Some(uri), Path::new("/work")).unwrap() {
+        match choose(Some(uri), Path::new("/home/me")).unwrap() {
             TrackingSource::Database { path, .. } | TrackingSource::Files(path) => path,
             TrackingSource::Server(settings) => panic!("{uri}: {}", settings.url),
         }
@@ -160,15 +160,15 @@ mod tests {
     #[test]
     fn local_uris_name_files_as_mlflow_reads_them() {
         for (uri, path) in [
-            ("sqlite:///mlflow.db", "/work/mlflow.db"),
+            ("sqlite:///mlflow.db", "/home/me/mlflow.db"),
             ("sqlite:////srv/my.db?timeout=3", "/srv/my.db"),
-            ("sqlite+pysqlite:///x.db", "/work/x.db"),
-            ("./mlruns", "/work/mlruns"),
-            ("mlruns", "/work/mlruns"),
+            ("sqlite+pysqlite:///x.db", "/home/me/x.db"),
+            ("./mlruns", "/home/me/mlruns"),
+            ("mlruns", "/home/me/mlruns"),
             ("/srv/ml:runs", "/srv/ml:runs"),
             ("file:///srv/my%20runs", "/srv/my runs"),
             ("file://localhost/srv/runs", "/srv/runs"),
-            ("file:runs", "/work/runs"),
+            ("file:runs", "/home/me/runs"),
         ] {
             assert_eq!(path_of(uri), Path::new(path), "{uri}");
         }
@@ -184,7 +184,7 @@ mod tests {
             "user:hidden@host",
             "postgresql://user:hidden@host/db",
         ] {
-            let message = choose(Some(uri), Path::new("/work")).unwrap_err();
+            let message = choose(Some(uri), Path::new("/home/me")).unwrap_err();
             let message = message.to_string();
             assert!(message.contains("give"), "{message}");
             assert!(!message.contains("hidden"), "{message}");

@@ -314,6 +314,16 @@ pub fn limit_files(command: &mut Command, bytes: u64) {
 }
 
 /// Standard error of a process, for messages.
+/// Names in a directory, in order.
+pub fn names(path: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(path).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
 pub fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -1,8 +1,8 @@
 //! Single files: what they are, and how one takes its name.
 
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -45,8 +45,7 @@ pub(super) fn explain(key: &str) -> impl Fn(io::Error) -> StoreError {
         let object = object.clone();
         let detail = error.to_string();
         match error.kind() {
-            // Below a file there is nothing.
-            ErrorKind::NotFound | ErrorKind::NotADirectory => StoreError::NotFound { object },
+            _ if is_absence(&error) => StoreError::NotFound { object },
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                 StoreError::PermissionDenied { object, detail }
             }
@@ -58,6 +57,11 @@ pub(super) fn explain(key: &str) -> impl Fn(io::Error) -> StoreError {
             _ => StoreError::Other { object, detail },
         }
     }
+}
+
+/// Nothing is there; below a file neither.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 pub(super) fn head(key: &str) -> StoreResult<ObjectMeta> {
@@ -164,11 +168,7 @@ impl Staged {
 
     pub fn write(&self, bytes: &[u8]) -> StoreResult<()> {
         match &self.file {
-            Some(file) => {
-                let mut file: &File = file;
-                file.write_all(bytes)
-            }
-            .map_err(explain(&self.key)),
+            Some(file) => file.write_all_at(bytes, 0).map_err(explain(&self.key)),
             None => Ok(()),
         }
     }

@@ -1,10 +1,10 @@
 //! Listings as object stores give them, in key order, of what directories hold.
 
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::path::Path;
 
-use super::files::{HIDDEN, explain, meta, path_of};
+use super::files::{HIDDEN, explain, is_absence, meta, path_of};
 use crate::store::{ListPage, ObjectMeta, PageStart, StoreResult};
 
 /// Names of one page. More than object stores give: each page reads the directory anew.
@@ -191,8 +191,4 @@ fn describe(key: String) -> io::Result<Option<ObjectMeta>> {
         Err(error) if is_absence(&error) => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-fn is_absence(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }

@@ -7,7 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,8 @@ use crate::store::{Condition, ETag, PartReceipt, Payload, StoreError, StoreResul
 const PLACE: &str = "place";
 /// The file of places.
 const DATA: &str = "data";
+/// Holds the name of the file that is about to become the object: once that is gone, it has.
+const ASSEMBLED: &str = "assembled";
 
 /// What is noted of a part.
 #[derive(Debug, Serialize, Deserialize)]
@@ -72,11 +74,17 @@ impl Upload {
             directory: directory(key, upload_id),
         };
         let is_id = upload_id.bytes().all(|letter| letter.is_ascii_hexdigit());
-        if is_id && upload.directory.is_dir() {
+        if is_id && upload.directory.is_dir() && !upload.is_completed() {
             Ok(upload)
         } else {
             Err(upload.gone())
         }
+    }
+
+    /// Whether its file has become the object, and only what it leaves is here.
+    fn is_completed(&self) -> bool {
+        fs::read_to_string(self.directory.join(ASSEMBLED))
+            .is_ok_and(|name| !self.directory.join(name).exists())
     }
 
     /// Stores a part, in place of what was sent under its number before.
@@ -141,7 +149,7 @@ impl Upload {
     }
 
     /// A small file, whole or not at all.
-    fn replace(&self, path: &PathBuf, bytes: &[u8]) -> io::Result<()> {
+    fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let temporary = path.with_extension("new");
         let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
@@ -172,7 +180,7 @@ impl Upload {
         Ok(notes)
     }
 
-    /// Makes the file of the parts that were told.
+    /// Makes the object of the parts that were told; what is left is to be removed.
     pub fn complete(
         &self,
         parts: &[PartReceipt],
@@ -197,13 +205,10 @@ impl Upload {
             }
         }
         let (path, file) = self.assemble(&notes).map_err(|error| self.explain(error))?;
-        let stored = Staged::of(&self.key, path, file).publish(condition, names)?;
-        // What it leaves is hidden, and in nobody's way.
-        let _ = fs::remove_dir_all(&self.directory);
-        Ok(stored)
+        Staged::of(&self.key, path, file).publish(condition, names)
     }
 
-    /// A file of the parts, and where it is.
+    /// A file of the parts, and where it is; noted, so that a crash cannot make it anew of nothing.
     fn assemble(&self, notes: &[(u32, &Note)]) -> io::Result<(PathBuf, File)> {
         let total: u64 = notes.iter().map(|(_, note)| note.size).sum();
         let last = notes.len().saturating_sub(1);
@@ -213,11 +218,12 @@ impl Upload {
                 && (note.size == place || (index == last && note.size < place))
         });
         // Parts of many sizes, or with some left out: one after the other, anew.
-        let path = self.directory.join(if fits { DATA } else { "whole" });
+        let name = if fits { DATA } else { "whole" };
+        let path = self.directory.join(name);
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
-            .create(true)
+            .create(!fits)
             .truncate(!fits)
             .open(&path)?;
         let mut at = 0;
@@ -239,6 +245,7 @@ impl Upload {
             at += note.size;
         }
         file.set_len(total)?;
+        self.replace(&self.directory.join(ASSEMBLED), name.as_bytes())?;
         Ok((path, file))
     }
 
@@ -279,9 +286,46 @@ fn offset(number: u32, place: u64) -> u64 {
     u64::from(number.saturating_sub(1)) * place
 }
 
-fn remove(path: &PathBuf) -> io::Result<()> {
+fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         outcome => outcome,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::store::checksum::crc32c;
+
+    #[test]
+    fn an_upload_that_became_an_object_is_gone_also_if_a_crash_left_what_it_was_made_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = folder.path().join("object");
+        let key = key.to_str().unwrap().trim_start_matches('/');
+        // Parts at their places, and of sizes that have none.
+        for sizes in [[9, 9, 3], [9, 4, 5]] {
+            let upload_id = create(key).unwrap();
+            let upload = Upload::open(key, &upload_id).unwrap();
+            let names = Mutex::new(());
+            let parts = sizes.iter().zip(1..).map(|(size, number)| {
+                let bytes = Bytes::from(vec![number as u8; *size]);
+                let crc32c = crc32c(&bytes);
+                upload.store(number, &Payload { bytes, crc32c }, &names)
+            });
+            let parts: Vec<PartReceipt> = parts.collect::<StoreResult<_>>().unwrap();
+            let conflict = upload.complete(&parts, &Condition::IfMatch(ETag::new("x")), &names);
+            assert!(matches!(conflict, Err(StoreError::Conflict { .. })));
+            let upload = Upload::open(key, &upload_id).unwrap();
+            upload.complete(&parts, &Condition::Always, &names).unwrap();
+            // Killed here, before anything was removed.
+            let gone = Upload::open(key, &upload_id);
+            assert!(matches!(gone, Err(StoreError::UploadGone { .. })));
+            let content = fs::read(folder.path().join("object")).unwrap();
+            assert_eq!(content.len(), sizes.iter().sum::<usize>());
+            assert!(!content.contains(&0));
+        }
     }
 }
