@@ -177,17 +177,35 @@ class SmallReads(Row):
 
 
 class LoadFile(Row):
+    SIZE = 2 << 30
     unit = "MiB/s, safetensors' load_file of 2 GiB in 32 tensors"
 
     def mount(self, mount, server, size):
+        rate = self.load(mount.path / "load.safetensors")
+        drop_caches()
+        return Outcome(rate, self.SIZE, f"{rate / self.local():.2f} x a file in memory")
+
+    def load(self, path):
         from safetensors.numpy import load_file
 
         started = time.monotonic()
-        tensors = load_file(mount.path / "load.safetensors")
+        tensors = load_file(path)
         seconds = time.monotonic() - started
-        moved = sum(tensor.nbytes for tensor in tensors.values())
-        assert moved == 2 << 30
-        return Outcome(moved / MIB / seconds, moved)
+        assert sum(tensor.nbytes for tensor in tensors.values()) == self.SIZE
+        return self.SIZE / MIB / seconds
+
+    def local(self):
+        """What the loader itself does, when it has to wait for nothing."""
+        path = MEMORY_DISK / "mlfs-bench-load.safetensors"
+        piece = bytes(range(256)) * (MIB // 256)
+        try:
+            with open(path, "wb") as file:
+                file.write(tensor_head(32))
+                for _ in range(self.SIZE // MIB):
+                    file.write(piece)
+            return self.load(path)
+        finally:
+            path.unlink(missing_ok=True)
 
     def sdk(self, server, size, signed=False):
         told, cpu = run_sdk(server, ["get", "--key", f"{PREFIX}/load.safetensors",
@@ -196,11 +214,12 @@ class LoadFile(Row):
 
 
 class Tensor(Row):
-    unit = "s, header and one 64 MiB tensor of 4 GiB (fetched/needed)"
+    unit = "s, header and one 64 MiB tensor of 4 GiB, whose name was looked up (fetched/needed)"
     higher_is_better = False
     INDEX = 31
 
     def mount(self, mount, server, size):
+        os.stat(mount.path / "m.safetensors")
         server.reset()
         start = len(tensor_head()) + self.INDEX * 64 * MIB
         began = time.monotonic()

@@ -118,5 +118,7 @@ def prepare(server, size):
         server.generate(f"first/f{index:02}", 1 << 30)
     for index in range(MANY_SMALL):
         server.generate(f"small/f{index:04}", SMALL_SIZE)
+    # It makes up all bytes when it is asked for the first one.
+    server.read("big", 0, 1)
     for index in range(10_000):
         server.generate(f"many/f{index:05}", 1)

@@ -270,7 +270,7 @@ impl Filesystem for Callbacks {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -279,10 +279,11 @@ impl Filesystem for Callbacks {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let thread = request.pid();
         self.answering.call(
             "read",
             inode.0,
-            |vfs| async move { vfs.read(handle.0, offset, size).await },
+            |vfs| async move { vfs.read(handle.0, thread, offset, size).await },
             |outcome| match outcome {
                 Ok(segments) => SCRATCH.with_borrow_mut(|scratch| {
                     reply.data(segments.contiguous(scratch));

@@ -24,8 +24,6 @@ use crate::store::{StoreError, StoreResult};
 const REQUEST_SIZE: u64 = 8 << 20;
 /// Requests that overlap where the store is near.
 const NEAR_REQUESTS: u64 = 8;
-/// Bytes of one prefetch request at least, unless the window itself is smaller.
-const SMALL_REQUEST: u64 = 1 << 20;
 /// An object up to this size, bytes, is fetched whole at the first touch: its bytes cost less than
 /// a second round trip.
 const WHOLE_OBJECT: u64 = 512 * 1024;
@@ -155,11 +153,18 @@ impl ObjectReader {
         self.reader.alias(&from, &to);
     }
 
-    /// Up to `length` bytes at `offset`; fewer only at the end of the object.
+    /// Up to `length` bytes at `offset`; fewer only at the end of the object. `thread` is the one
+    /// that asks, 0 if that is not known: how far each one read before it went elsewhere tells how
+    /// far the next one will.
     ///
     /// # Errors
     /// `Changed` when the object was replaced, `NotFound` when it is gone.
-    pub async fn read(self: &Arc<Self>, offset: u64, length: u64) -> StoreResult<Segments> {
+    pub async fn read(
+        self: &Arc<Self>,
+        thread: u32,
+        offset: u64,
+        length: u64,
+    ) -> StoreResult<Segments> {
         let end = offset.saturating_add(length).min(self.size);
         if offset >= end {
             return Ok(Segments::default());
@@ -173,7 +178,7 @@ impl ObjectReader {
         }
         let wanted = self.demand(offset..end);
         let mut gathered = self.gather(wanted.clone()).await;
-        self.run_ahead(offset..end);
+        self.run_ahead(thread, offset..end);
         let mut failures = BTreeMap::new();
         let segments = loop {
             let (index, error) = match self.collect(&gathered, offset..end).await {
@@ -194,8 +199,7 @@ impl ObjectReader {
     }
 
     fn note_served(&self, bytes: u64) {
-        let served = &self.reader.metrics.bytes_served;
-        served.fetch_add(bytes, Ordering::Relaxed);
+        (self.reader.metrics.bytes_served).fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// How to serve a read that only looks at how a member begins.
@@ -383,7 +387,7 @@ impl ObjectReader {
 
     /// Fetches ahead of the reader what the pattern and the format call for, as far as permits
     /// and memory allow; never waits.
-    fn run_ahead(self: &Arc<Self>, read: Range<u64>) {
+    fn run_ahead(self: &Arc<Self>, thread: u32, read: Range<u64>) {
         let mut state = self.state.lock();
         // The kernel reads whole pages: the first byte of a read may still be a neighbour's.
         let extent = match &state.layout {
@@ -415,11 +419,11 @@ impl ObjectReader {
         let inside = extent.clone().unwrap_or(0..self.size);
         let pattern = &mut state.pattern;
         if let Some(strided) = pattern.note_stride(&read, maximum, &inside, self.size) {
-            tracing::trace!(?read, ?strided, "stride");
             self.run_ahead_in_steps(&mut state, &strided);
             return;
         }
-        let mut ahead = state.pattern.note(read.clone(), maximum, bound, self.size);
+        let pattern = &mut state.pattern;
+        let mut ahead = pattern.note(thread, read.clone(), maximum, bound, self.size);
         // Not who comes from the tensor before: the kernel reads past the end of what was asked.
         let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
         let mut most = self.most_unread();
@@ -444,9 +448,7 @@ impl ObjectReader {
         if ahead.range.is_empty() {
             return;
         }
-        // A window is cut so that as many requests as there may be overlap: a connection's share of
-        // the wire is what limits each. A rest smaller than a request waits for more.
-        let request = (ahead.window / self.requests()).clamp(SMALL_REQUEST, REQUEST_SIZE);
+        let request = ahead.request_size(self.requests(), REQUEST_SIZE);
         let mut from = ahead.range.start;
         while from < ahead.range.end {
             let to = (from + request).min(ahead.range.end);

@@ -14,6 +14,7 @@ mod stride;
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use super::BLOCK_SIZE;
 use limit::Limit;
 pub(super) use stride::Strided;
 use stride::Strides;
@@ -32,6 +33,11 @@ const QUIET: u64 = 3 << 19;
 /// A stream that began in the middle may end soon (a tensor, a member of an archive): until it has
 /// consumed this much, bytes, it runs ahead by a quarter of what it consumed.
 const CAUTIOUS: u64 = 16 << 20;
+/// Bytes of one request ahead at least; of a smaller window, half of it.
+const SMALL_REQUEST: u64 = 1 << 20;
+/// Until it has consumed this much, bytes, what it leaves out counts as much as what who begins at
+/// the first byte does.
+const UNSURE: u64 = 4 << 20;
 /// What a long stream has read is kept this far behind its front, bytes: other readers may follow
 /// closely, and readahead comes out of order.
 const KEPT_BEHIND: u64 = 8 << 20;
@@ -45,10 +51,11 @@ const AROUND: u64 = 256 << 10;
 /// leaves out more reads here and there.
 const DENSE_QUARTERS: u64 = 3;
 const SPARSE_QUARTERS: u64 = 2;
-/// Of so many streams that gave way, most must have been about as long for the next one to be
-/// expected to be, too. Not all: two that meet are one for a while.
+/// So many of the streams that ended last are looked at, and at least so many: if three quarters of
+/// them were about as long, the next one is expected to be, too. Not all: two that meet are one for
+/// a while.
 const ENDED: usize = 8;
-const ALIKE: usize = 6;
+const ENDED_AT_LEAST: usize = 4;
 /// Streams that were longer than this, bytes, say nothing: who reads that much is met on the way.
 const LONGEST_ALIKE: u64 = 8 << 20;
 
@@ -74,6 +81,10 @@ struct Stream {
     /// Everything before this has been let go of.
     kept: u64,
     touched: u64,
+    /// The thread that reads it, 0 if that is not known or there are several.
+    thread: u32,
+    /// Its thread reads elsewhere now, and its length has been noted.
+    ended: bool,
 }
 
 impl Stream {
@@ -99,6 +110,7 @@ impl Stream {
             consumed if consumed <= QUIET && self.is_from_the_start() => consumed,
             consumed if consumed <= QUIET => 0,
             consumed if self.is_eager() => consumed * EAGER,
+            consumed if consumed < UNSURE && !self.has_read(DENSE_QUARTERS) => 0,
             _ if !self.has_read(SPARSE_QUARTERS) => 0,
             consumed if consumed <= CAUTIOUS => consumed / 4,
             consumed => consumed,
@@ -123,13 +135,28 @@ pub(super) struct Ahead {
     pub whole: bool,
 }
 
+impl Ahead {
+    /// Bytes of one request, at most `most`. A window is cut so that as many requests as there may be
+    /// overlap: a connection's share of the wire is what limits each. A rest that is smaller waits for
+    /// more, unless all of it is wanted.
+    pub fn request_size(&self, requests: u64, most: u64) -> u64 {
+        let window = self.window.max(self.range.end - self.range.start);
+        let least = if window < SMALL_REQUEST {
+            (window / 2).max(BLOCK_SIZE)
+        } else {
+            SMALL_REQUEST
+        };
+        (window / requests).clamp(least, most)
+    }
+}
+
 /// The streams and strides of one object.
 #[derive(Debug, Default)]
 pub(super) struct Pattern {
     streams: Vec<Stream>,
     strides: Strides,
     limit: Limit,
-    /// Bytes that the streams that gave way last had read, the last one at the end.
+    /// Bytes that the streams that ended last had read, the last one at the end.
     ended: VecDeque<u64>,
     clock: u64,
 }
@@ -171,18 +198,42 @@ impl Pattern {
 
     /// Notes that `read` was asked for and says what to fetch ahead of it: at most `maximum` bytes
     /// beyond the read, not beyond `size`, and not beyond `bound`, where the thing that the read
-    /// begins in ends, before the stream has passed that by more than readahead would.
-    pub fn note(&mut self, read: Range<u64>, maximum: u64, bound: u64, size: u64) -> Ahead {
+    /// begins in ends, before the stream has passed that by more than readahead would. `thread` is
+    /// who asks, 0 if that is not known.
+    pub fn note(
+        &mut self,
+        thread: u32,
+        read: Range<u64>,
+        maximum: u64,
+        bound: u64,
+        size: u64,
+    ) -> Ahead {
         self.clock += 1;
         let clock = self.clock;
         let found = self.streams.iter_mut().find(|stream| {
             read.start + SLACK_BEHIND >= stream.front && read.start <= stream.front + SLACK_AHEAD
         });
         let Some(stream) = found else {
+            self.end_of(thread);
             let expected = self.typical().map(|length| read.start + length);
             let until = expected.map_or(read.end, |until| until.min(bound).min(size));
             let range = read.end..until.max(read.end);
-            self.begin(&read, clock, bound, size, expected);
+            let stream = Stream {
+                inside: bound < size,
+                start: read.start,
+                front: read.end,
+                consumed: read.end - read.start,
+                window: 0,
+                asked: read.end,
+                bound: bound.max(read.end),
+                beyond: 0,
+                expected,
+                kept: read.start,
+                touched: clock,
+                thread,
+                ended: false,
+            };
+            self.begin(stream);
             return Ahead {
                 window: range.end - range.start,
                 range,
@@ -200,6 +251,10 @@ impl Pattern {
         stream.consumed += length;
         stream.front = stream.front.max(read.end);
         stream.touched = clock;
+        stream.ended = false;
+        if stream.thread != thread {
+            stream.thread = 0;
+        }
         if read.end > stream.bound && stream.bound < size {
             stream.beyond += read.end - read.start.max(stream.bound);
             if stream.beyond > QUIET {
@@ -234,12 +289,34 @@ impl Pattern {
 
     /// How long streams are here, bytes, if the last ones were all alike.
     fn typical(&self) -> Option<u64> {
+        if self.ended.len() < ENDED_AT_LEAST {
+            return None;
+        }
         let mut lengths: Vec<u64> = self.ended.iter().copied().collect();
         lengths.sort_unstable();
-        let median = *lengths.get(ENDED / 2)?;
+        let median = *lengths.get(lengths.len() / 2)?;
         lengths.retain(|length| length.abs_diff(median) <= median / 4);
         let longest = *lengths.last()?;
-        (lengths.len() >= ALIKE && longest <= LONGEST_ALIKE).then_some(longest)
+        let are_alike = lengths.len() * 4 >= self.ended.len() * 3;
+        (are_alike && longest <= LONGEST_ALIKE).then_some(longest)
+    }
+
+    /// Whoever begins to read elsewhere has come to the end of what he read before.
+    fn end_of(&mut self, thread: u32) {
+        let mut streams = self.streams.iter_mut();
+        let own = streams.find(|stream| thread != 0 && stream.thread == thread && !stream.ended);
+        if let Some(stream) = own {
+            stream.ended = true;
+            let consumed = stream.consumed;
+            self.note_length(consumed);
+        }
+    }
+
+    fn note_length(&mut self, bytes: u64) {
+        if self.ended.len() == ENDED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(bytes);
     }
 
     /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for.
@@ -252,37 +329,17 @@ impl Pattern {
         }
     }
 
-    fn begin(
-        &mut self,
-        read: &Range<u64>,
-        clock: u64,
-        bound: u64,
-        size: u64,
-        expected: Option<u64>,
-    ) {
-        let stream = Stream {
-            inside: bound < size,
-            start: read.start,
-            front: read.end,
-            consumed: read.end - read.start,
-            window: 0,
-            asked: read.end,
-            bound: bound.max(read.end),
-            beyond: 0,
-            expected,
-            kept: read.start,
-            touched: clock,
-        };
+    fn begin(&mut self, stream: Stream) {
         if self.streams.len() < STREAMS {
             self.streams.push(stream);
             return;
         }
-        if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.touched) {
+        let oldest = self.streams.iter_mut().min_by_key(|stream| stream.touched);
+        if let Some(oldest) = oldest {
             let gone = std::mem::replace(oldest, stream);
-            if self.ended.len() == ENDED {
-                self.ended.pop_front();
+            if !gone.ended {
+                self.note_length(gone.consumed);
             }
-            self.ended.push_back(gone.consumed);
         }
     }
 }
@@ -301,7 +358,7 @@ mod tests {
             let at = place * 100 * MIB;
             assert!(
                 pattern
-                    .note(at..at + MIB, 64 * MIB, END, END)
+                    .note(0, at..at + MIB, 64 * MIB, END, END)
                     .range
                     .is_empty()
             );
@@ -315,7 +372,7 @@ mod tests {
         for index in 0..400 {
             windows.push(
                 pattern
-                    .note(index * MIB..(index + 1) * MIB, 64 * MIB, END, END)
+                    .note(0, index * MIB..(index + 1) * MIB, 64 * MIB, END, END)
                     .window,
             );
         }
@@ -331,7 +388,7 @@ mod tests {
         let piece = MIB / 8;
         let mut ahead = |index: u64| {
             let read = index * piece..(index + 1) * piece;
-            pattern.note(read, 64 * MIB, END, END).range
+            pattern.note(0, read, 64 * MIB, END, END).range
         };
         // The kernel's readahead of one page makes as much.
         assert!(ahead(0).is_empty() && ahead(1).is_empty());
@@ -344,7 +401,7 @@ mod tests {
         for place in [700, 20, 510] {
             for piece in 0..8 {
                 let at = place * MIB + piece * MIB / 8;
-                let ahead = pattern.note(at..at + MIB / 8, 64 * MIB, END, END);
+                let ahead = pattern.note(0, at..at + MIB / 8, 64 * MIB, END, END);
                 assert!(ahead.range.is_empty());
             }
         }
@@ -354,47 +411,60 @@ mod tests {
     fn a_window_stays_inside_its_tensor_until_the_reader_has_left_it() {
         let mut pattern = Pattern::default();
         for index in 0..33 {
-            let ahead = pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, 32 * MIB, END);
+            let ahead = pattern.note(0, index * MIB..(index + 1) * MIB, 64 * MIB, 32 * MIB, END);
             assert!(ahead.range.is_empty() || ahead.range.end <= 32 * MIB);
         }
         // It reads on: the next tensor is not the last one either.
         for index in 33..36 {
-            pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, 40 * MIB, END);
+            pattern.note(0, index * MIB..(index + 1) * MIB, 64 * MIB, 40 * MIB, END);
         }
-        let ahead = pattern.note(36 * MIB..37 * MIB, 64 * MIB, 40 * MIB, END);
+        let ahead = pattern.note(0, 36 * MIB..37 * MIB, 64 * MIB, 40 * MIB, END);
         assert!(ahead.range.end > 40 * MIB);
     }
 
-    /// Reads `pieces` of 256 KiB at a place of its own; what the first one says.
-    fn random_read(pattern: &mut Pattern, place: u64, pieces: u64) -> Ahead {
+    /// A thread reads `pieces` of 256 KiB at a place of its own; what the first one says.
+    fn random_read(pattern: &mut Pattern, thread: u32, place: u64, pieces: u64) -> Ahead {
         let at = place * 1000 * MIB;
         let piece = MIB / 4;
-        let first = pattern.note(at..at + piece, 64 * MIB, END, END);
+        let first = pattern.note(thread, at..at + piece, 64 * MIB, END, END);
         pattern.asked(at, first.range.end);
         for index in 1..pieces {
             let read = at + index * piece..at + (index + 1) * piece;
-            let ahead = pattern.note(read, 64 * MIB, END, END).range;
+            let ahead = pattern.note(thread, read, 64 * MIB, END, END).range;
             assert!(ahead.is_empty(), "{ahead:?}");
         }
         first
     }
 
-    #[test]
-    fn random_reads_of_one_length_are_fetched_whole_once_there_were_enough() {
+    /// Who reads at random gets all of a read at once after `before` of them, and no longer when
+    /// lengths differ.
+    fn check_random_reads(before: usize, thread: impl Fn(u64) -> u32) {
         let mut pattern = Pattern::default();
-        let before = STREAMS + ALIKE;
         for place in 1..=before as u64 {
-            assert!(random_read(&mut pattern, place, 6).range.is_empty());
+            let first = random_read(&mut pattern, thread(place), place, 6);
+            assert!(first.range.is_empty());
         }
-        let ahead = random_read(&mut pattern, 100, 6);
+        let ahead = random_read(&mut pattern, thread(0), 100, 6);
         let at = 100 * 1000 * MIB;
         assert_eq!(ahead.range, at + MIB / 4..at + 6 * MIB / 4);
         assert!(ahead.whole);
-        // Others have come: nothing is sure any more.
-        for place in 0..before as u64 {
-            random_read(&mut pattern, 200 + place, place % 6 + 1);
+        for place in 0..(STREAMS + ENDED) as u64 {
+            random_read(&mut pattern, thread(place), 200 + place, place % 6 + 1);
         }
-        assert!(random_read(&mut pattern, 300, 1).range.is_empty());
+        let ahead = random_read(&mut pattern, thread(0), 300, 1);
+        assert!(ahead.range.is_empty());
+    }
+
+    #[test]
+    fn random_reads_of_one_length_are_fetched_whole_once_there_were_enough() {
+        check_random_reads(STREAMS + ENDED_AT_LEAST, |_| 0);
+    }
+
+    #[test]
+    fn a_thread_that_begins_elsewhere_has_ended_what_it_read_before() {
+        check_random_reads(ENDED_AT_LEAST, |_| 7);
+        // Each of three ends one when it begins its next.
+        check_random_reads(ENDED_AT_LEAST + 2, |place| 1 + (place % 3) as u32);
     }
 
     #[test]
@@ -402,17 +472,17 @@ mod tests {
         let mut pattern = Pattern::default();
         let begins = 64 * MIB;
         let around = begins - 64 * 1024..begins - 4096;
-        assert!(pattern.note(around, 64 * MIB, begins, END).first);
+        assert!(pattern.note(0, around, 64 * MIB, begins, END).first);
         let on = begins + 4096..begins + 64 * 1024;
-        assert!(pattern.note(on.clone(), 64 * MIB, 2 * begins, END).first);
-        assert!(!pattern.note(on, 64 * MIB, 2 * begins, END).first);
+        assert!(pattern.note(0, on.clone(), 64 * MIB, 2 * begins, END).first);
+        assert!(!pattern.note(0, on, 64 * MIB, 2 * begins, END).first);
         // The kernel's readahead of the one before is no beginning.
         for mebibyte in 128..192 {
             let read = mebibyte * MIB..(mebibyte + 1) * MIB;
-            pattern.note(read, 64 * MIB, 192 * MIB, END);
+            pattern.note(0, read, 64 * MIB, 192 * MIB, END);
         }
         let past = 192 * MIB..192 * MIB + 128 * 1024;
-        assert!(!pattern.note(past, 64 * MIB, 256 * MIB, END).first);
+        assert!(!pattern.note(0, past, 64 * MIB, 256 * MIB, END).first);
     }
 
     #[test]
@@ -423,7 +493,7 @@ mod tests {
         for mebibyte in 0..64 {
             for part in (0..8).rev() {
                 let at = mebibyte * MIB + part * step;
-                window = pattern.note(at..at + step, 64 * MIB, END, END).window;
+                window = pattern.note(0, at..at + step, 64 * MIB, END, END).window;
             }
         }
         assert!(window >= 16 * MIB);
@@ -435,7 +505,7 @@ mod tests {
         let mut seed = 12345_u64;
         let mut at = 0;
         for _ in 0..1000 {
-            let ahead = pattern.note(at..at + MIB / 4, 64 * MIB, END, END);
+            let ahead = pattern.note(0, at..at + MIB / 4, 64 * MIB, END, END);
             assert!(ahead.range.is_empty());
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             at += MIB / 2 + (seed >> 16) % MIB;
@@ -451,7 +521,7 @@ mod tests {
             index += 1;
             pattern.note_waste(&read, wasted);
             let most = pattern.limit().min(64 * MIB);
-            pattern.note(read, most, END, END).window
+            pattern.note(0, read, most, END, END).window
         };
         for _ in 0..100 {
             go_on(&mut pattern, 0);
@@ -469,8 +539,8 @@ mod tests {
         let mut pattern = Pattern::default();
         for index in 0..8 {
             let far = 1000 * MIB + index * MIB;
-            pattern.note(index * MIB..(index + 1) * MIB, 64 * MIB, END, END);
-            pattern.note(far..far + MIB, 64 * MIB, END, END);
+            pattern.note(0, index * MIB..(index + 1) * MIB, 64 * MIB, END, END);
+            pattern.note(0, far..far + MIB, 64 * MIB, END, END);
         }
         assert_eq!(pattern.streams.len(), 2);
         assert!(pattern.streams.iter().all(|stream| stream.window > 0));

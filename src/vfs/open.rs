@@ -267,8 +267,15 @@ impl Vfs {
         )
     }
 
-    /// Up to `length` bytes at `offset`; fewer only at the end.
-    pub async fn read(&self, handle: u64, offset: u64, length: u32) -> VfsResult<Segments> {
+    /// Up to `length` bytes at `offset`; fewer only at the end. `thread` is the one that asks, 0 if
+    /// that is not known.
+    pub async fn read(
+        &self,
+        handle: u64,
+        thread: u32,
+        offset: u64,
+        length: u32,
+    ) -> VfsResult<Segments> {
         if let Some(document) = self.handles.document(handle) {
             let mut segments = Segments::default();
             let start = (offset as usize).min(document.len());
@@ -295,7 +302,7 @@ impl Vfs {
                 reader
             }
         };
-        Ok(reader.read(offset, u64::from(length)).await?)
+        Ok(reader.read(thread, offset, u64::from(length)).await?)
     }
 
     /// Writes what can be written without waiting.

@@ -317,7 +317,7 @@ impl Draft {
             let mut at = range.start;
             while at < end {
                 let step = (end - at).min(BASE_STEP);
-                let segments = base.read(at, step).await?;
+                let segments = base.read(0, at, step).await?;
                 for piece in segments.pieces() {
                     bytes.extend_from_slice(piece);
                 }
@@ -357,7 +357,7 @@ impl Draft {
                     segments.push(vec![0; count as usize].into());
                 }
                 Step::Base(base, count) => {
-                    let mut part = base.read(at, count).await?;
+                    let mut part = base.read(0, at, count).await?;
                     if part.len() as u64 != count {
                         return Err(StoreError::Changed {
                             object: self.target().object(),

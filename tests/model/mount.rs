@@ -222,7 +222,7 @@ impl Mount {
     }
 
     pub async fn read(&self, handle: u64, at: u64, length: u32) -> Result<Vec<u8>, VfsError> {
-        let segments = self.vfs.read(handle, at, length).await?;
+        let segments = self.vfs.read(handle, 0, at, length).await?;
         Ok(segments.pieces().concat())
     }
 }

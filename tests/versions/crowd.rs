@@ -38,7 +38,7 @@ async fn all_at_once(mount: &Mount, handle: u64, offsets: impl Iterator<Item = u
     let reads = offsets.map(|offset| {
         let vfs = Arc::clone(&mount.vfs);
         tokio::spawn(async move {
-            let read = vfs.read(handle, offset, MIB as u32).await;
+            let read = vfs.read(handle, 0, offset, MIB as u32).await;
             read.unwrap().len()
         })
     });

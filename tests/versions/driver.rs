@@ -330,7 +330,7 @@ impl<'a> Driver<'a> {
             let (vfs, handle) = (Arc::clone(&self.mount.vfs), slot.handle);
             // Copied at once: what is not let go of keeps its memory.
             let task = tokio::spawn(async move {
-                let segments = vfs.read(handle, read.at, read.length).await?;
+                let segments = vfs.read(handle, 0, read.at, read.length).await?;
                 Ok(segments.pieces().concat())
             });
             tasks.push((read, task));
