@@ -8,6 +8,7 @@ mod error;
 pub mod local;
 mod location;
 mod metrics;
+pub mod proxy;
 pub mod s3;
 
 use std::fmt;
@@ -21,7 +22,7 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 
 pub use error::{StoreError, StoreResult};
-pub use location::{Location, Stores};
+pub use location::{Location, StoreSettings, Stores};
 pub use metrics::StoreMetrics;
 
 /// An opaque version mark of an object, exactly as the store wrote it (quotes included).
@@ -95,6 +96,15 @@ pub struct Payload {
     pub crc32c: u32,
 }
 
+/// The body of a PUT that is larger than what is held in memory at once.
+pub trait LongBody: fmt::Debug + Send + Sync {
+    /// Bytes.
+    fn size(&self) -> u64;
+
+    /// All of it, in order. Each call begins anew, for a body that has to be sent again.
+    fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>>;
+}
+
 /// When a write may take effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Condition {
@@ -128,6 +138,7 @@ pub struct Stored {
 /// What a store can do beyond the minimum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
+    /// Objects in parts; where it is false, [`Store::put_long`] takes them.
     pub multipart: bool,
     /// `copy` inside the store.
     pub copy: bool,
@@ -196,6 +207,19 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Writes a whole object atomically.
     async fn put(&self, key: &str, payload: Payload, condition: Condition) -> StoreResult<Stored>;
+
+    /// As [`Self::put`], for bodies of any size: how stores without multipart take large objects.
+    async fn put_long(
+        &self,
+        key: &str,
+        _body: Arc<dyn LongBody>,
+        _condition: Condition,
+    ) -> StoreResult<Stored> {
+        Err(StoreError::Unsupported {
+            object: format!("{}/{key}", self.name()),
+            detail: "it takes large objects in parts only".to_owned(),
+        })
+    }
 
     /// Starts a multipart upload and returns its id.
     async fn create_multipart(&self, key: &str) -> StoreResult<String>;

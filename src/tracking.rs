@@ -1,6 +1,7 @@
 //! MLflow's metadata: what runs there are, and where their artifacts lie.
 
 mod authentication;
+mod courier;
 mod credentials_file;
 mod error;
 mod failure;
@@ -19,6 +20,7 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 
 pub use authentication::Authentication;
+pub use courier::ArtifactCourier;
 pub use error::{TrackingError, TrackingResult};
 pub use files::FileTracking;
 pub use rest::RestTracking;

@@ -29,6 +29,7 @@ mod send;
 mod spill;
 mod state;
 mod target;
+mod whole;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};

@@ -1,15 +1,20 @@
 //! What every store must do, whatever it is: one suite, run over each that a test can have.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use futures_util::TryStreamExt;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt};
 use mlfs::store::s3::S3Settings;
 use mlfs::store::{
-    Condition, ETag, Location, PageStart, PartReceipt, Payload, Store, StoreError, StoreResult,
-    Stores, checksum::crc32c,
+    Condition, ETag, Location, LongBody, PageStart, PartReceipt, Payload, Store, StoreError,
+    StoreResult, Stores, checksum::crc32c,
 };
+use mlfs_lab::artifacts::Behaviour;
 use mlfs_lab::s3::{S3Server, ServerOptions};
+use mlfs_lab::tracking::TrackingServer;
 
 /// S3 takes no smaller part but the last.
 const PART: usize = 5 << 20;
@@ -43,12 +48,17 @@ impl Place {
         self.0.key(name)
     }
 
-    async fn put(&self, name: &str, bytes: &[u8]) -> ETag {
+    /// The version that is there now, where the store has versions.
+    async fn put_some(&self, name: &str, bytes: &[u8]) -> Option<ETag> {
         let (key, payload) = (self.key(name), payload(bytes.to_vec()));
         let stored = self.store().put(&key, payload, Condition::Always).await;
         let stored = stored.unwrap();
         assert_eq!(stored.size, bytes.len() as u64);
-        stored.etag.unwrap()
+        stored.etag
+    }
+
+    async fn put(&self, name: &str, bytes: &[u8]) -> ETag {
+        self.put_some(name, bytes).await.unwrap()
     }
 
     async fn read(&self, name: &str, from: u64, to: u64) -> StoreResult<Vec<u8>> {
@@ -131,7 +141,7 @@ impl Place {
 
 async fn an_object_is_read_back_in_any_range(place: &Place) {
     let content = noise(3_000_000, 1);
-    let etag = place.put("a/b/object", &content).await;
+    let etag = place.put_some("a/b/object", &content).await;
     let end = content.len() as u64;
     for (from, to) in [
         (0, 1),
@@ -146,9 +156,9 @@ async fn an_object_is_read_back_in_any_range(place: &Place) {
     let behind = place.read("a/b/object", end, end + 1).await;
     assert!(behind.is_err());
     let meta = place.store().head(&place.key("a/b/object")).await.unwrap();
-    assert_eq!((meta.size, meta.etag), (end, Some(etag)));
-    assert!(meta.modified.is_some());
-    place.put("empty", b"").await;
+    assert_eq!((meta.size, meta.etag), (end, etag.clone()));
+    assert_eq!(meta.modified.is_some(), etag.is_some());
+    place.put_some("empty", b"").await;
     let empty = place.store().head(&place.key("empty")).await.unwrap();
     assert_eq!(empty.size, 0);
 }
@@ -312,11 +322,11 @@ async fn parts_and_objects_are_copied_inside_the_store(place: &Place) {
 async fn listings_of_many_pages_are_whole_and_in_order(place: &Place) {
     let names: Vec<String> = (0..1201).map(|index| format!("f{index:04}")).collect();
     for chunk in names.chunks(50) {
-        let puts = chunk.iter().map(|name| place.put(name, b"x"));
+        let puts = chunk.iter().map(|name| place.put_some(name, b"x"));
         futures_util::future::join_all(puts).await;
     }
-    place.put("f0100.d/below/deep", b"x").await;
-    place.put("z/last", b"x").await;
+    place.put_some("f0100.d/below/deep", b"x").await;
+    place.put_some("z/last", b"x").await;
     let mut expected = names.clone();
     expected.extend(["f0100.d/".to_owned(), "z/".to_owned()]);
     expected.sort();
@@ -339,6 +349,52 @@ async fn listings_of_many_pages_are_whole_and_in_order(place: &Place) {
     let page = page.await.unwrap();
     assert_eq!(page.objects[0].key, place.key("f0100"));
     assert_eq!(page.prefixes, [place.key("f0100.d/")]);
+}
+
+/// A body in pieces, of which the third is not there the first time it is asked for.
+#[derive(Debug)]
+struct Pieces(Vec<Bytes>, AtomicBool);
+
+impl LongBody for Pieces {
+    fn size(&self) -> u64 {
+        self.0.iter().map(|piece| piece.len() as u64).sum()
+    }
+
+    fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {
+        let mut pieces: Vec<StoreResult<Bytes>> = self.0.iter().cloned().map(Ok).collect();
+        if !self.1.swap(true, Ordering::Relaxed) {
+            pieces[2] = Err(StoreError::Full {
+                object: "piece".to_owned(),
+                detail: "on purpose".to_owned(),
+            });
+        }
+        futures_util::stream::iter(pieces).boxed()
+    }
+}
+
+async fn a_long_body_is_an_object_or_nothing(place: &Place) {
+    let pieces: Vec<Bytes> = (0..5).map(|seed| noise(PART, seed).into()).collect();
+    let content = pieces.concat();
+    let body = Arc::new(Pieces(pieces, AtomicBool::new(false)));
+    let key = place.key("d/long");
+    let put = async || {
+        let store = place.store();
+        store
+            .put_long(&key, body.clone(), Condition::IfAbsent)
+            .await
+    };
+    // What is wrong with the body is told as it is.
+    assert!(matches!(put().await, Err(StoreError::Full { .. })));
+    assert!(place.names("d", None).await.is_empty());
+    assert_eq!(put().await.unwrap().size, content.len() as u64);
+    assert!(matches!(put().await, Err(StoreError::Conflict { .. })));
+    assert!(place.read("d/long", 0, u64::MAX >> 1).await.unwrap() == content);
+    let meta = place.store().head(&key).await.unwrap();
+    let copy = place.key("new/place");
+    place.store().copy(&meta, &copy).await.unwrap();
+    place.store().delete(&[key.clone()]).await.unwrap();
+    assert!(place.store().find(&key).await.unwrap().is_none());
+    assert!(place.read("new/place", 0, u64::MAX >> 1).await.unwrap() == content);
 }
 
 async fn odd_names_are_names(place: &Place) {
@@ -378,15 +434,18 @@ async fn what_is_not_there_is_told_and_deleted_in_peace(place: &Place) {
     assert!(place.names("no", None).await.is_empty());
 }
 
-/// Runs every case in a place of its own.
+/// Runs cases, each in a place of its own.
+macro_rules! run {
+    ($stores:ident, $root:ident, $($case:ident),* $(,)?) => {$(
+        let uri = format!("{}/{}", $root, stringify!($case));
+        $case(&Place($stores.locate(&uri).await.unwrap())).await;
+    )*};
+}
+
 async fn conforms(stores: &Stores, root: &str) {
-    macro_rules! run {
-        ($($case:ident),* $(,)?) => {$(
-            let uri = format!("{root}/{}", stringify!($case));
-            $case(&Place(stores.locate(&uri).await.unwrap())).await;
-        )*};
-    }
     run!(
+        stores,
+        root,
         an_object_is_read_back_in_any_range,
         a_pinned_read_sees_its_version_or_fails,
         conditions_are_kept,
@@ -395,6 +454,18 @@ async fn conforms(stores: &Stores, root: &str) {
         parts_and_objects_are_copied_inside_the_store,
         listings_of_many_pages_are_whole_and_in_order,
         odd_names_are_names,
+        what_is_not_there_is_told_and_deleted_in_peace,
+    );
+}
+
+/// A store of whole objects, without versions.
+async fn conforms_as_a_proxy(stores: &Stores, root: &str) {
+    run!(
+        stores,
+        root,
+        an_object_is_read_back_in_any_range,
+        listings_of_many_pages_are_whole_and_in_order,
+        a_long_body_is_an_object_or_nothing,
         what_is_not_there_is_told_and_deleted_in_peace,
     );
 }
@@ -416,6 +487,21 @@ async fn the_s3_server_in_memory() {
     let started = tokio::task::spawn_blocking(|| S3Server::start(options));
     let lab = started.await.unwrap().unwrap();
     conforms(&stores(Some(lab.endpoint())), "s3://bucket/root").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_proxies() {
+    for wholes_only in [false, true] {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let started = tokio::task::spawn_blocking(move || TrackingServer::start(address));
+        let lab = started.await.unwrap().unwrap();
+        lab.artifacts().behave(Behaviour {
+            wholes_only,
+            ..Behaviour::default()
+        });
+        let root = format!("{}/api/2.0/mlflow-artifacts/artifacts/root", lab.uri());
+        conforms_as_a_proxy(&stores(None), &root).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

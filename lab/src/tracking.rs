@@ -1,22 +1,23 @@
 //! As much of an MLflow tracking server as a mount needs, for tests without a real one.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::BodyExt;
+use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
+
+use crate::artifacts::{Answer, Artifacts, ROUTES, told};
 
 #[derive(Default)]
 struct State {
@@ -27,6 +28,7 @@ struct State {
     /// Answer everything with this status.
     broken: Mutex<Option<u16>>,
     requests: Mutex<Vec<String>>,
+    artifacts: Artifacts,
 }
 
 /// A running server, with a thread of its own. Ends when dropped.
@@ -81,6 +83,11 @@ impl TrackingServer {
         *self.state.broken.lock() = status;
     }
 
+    /// What it proxies.
+    pub fn artifacts(&self) -> &Artifacts {
+        &self.state.artifacts
+    }
+
     /// Paths asked for so far.
     pub fn requests(&self) -> Vec<String> {
         self.state.requests.lock().clone()
@@ -110,34 +117,25 @@ async fn accept(listener: TcpListener, state: Arc<State>) {
     }
 }
 
-async fn handle(
-    state: Arc<State>,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
-    let (parts, body) = request.into_parts();
-    let body = body
-        .collect()
-        .await
-        .map(|body| body.to_bytes())
-        .unwrap_or_default();
-    state.requests.lock().push(parts.uri.path().to_owned());
+async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Answer> {
+    let path = request.uri().path().to_owned();
+    state.requests.lock().push(path.clone());
     let broken = *state.broken.lock();
-    let (status, answer) = match broken {
-        Some(status) => (
-            status,
-            json!({"error_code": "BROKEN", "message": "on purpose"}),
-        ),
-        None => answer(
-            &state,
-            parts.uri.path(),
-            parts.uri.query().unwrap_or_default(),
-            &body,
-        ),
-    };
-    let response = Response::builder()
-        .status(status)
-        .body(Full::from(answer.to_string()));
-    Ok(response.unwrap_or_else(|_| Response::new(Full::default())))
+    if let Some(status) = broken {
+        let document = json!({"error_code": "BROKEN", "message": "on purpose"});
+        return Ok(told(status, &document));
+    }
+    if path == "/api/3.0/mlflow/server-info" {
+        return Ok(told(200, &json!({"multipart_downloads_enabled": true})));
+    }
+    if path.starts_with(ROUTES) {
+        return state.artifacts.handle(request).await;
+    }
+    let (parts, body) = request.into_parts();
+    let body = body.collect().await.map_err(io::Error::other)?.to_bytes();
+    let query = parts.uri.query().unwrap_or_default();
+    let (status, document) = answer(&state, &path, query, &body);
+    Ok(told(status, &document))
 }
 
 fn answer(state: &State, path: &str, query: &str, body: &[u8]) -> (u16, Value) {

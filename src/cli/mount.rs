@@ -27,8 +27,8 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut config = arguments.mount.validate().map_err(WrongUsage::new)?;
     // What is wrong with the environment is wrong usage too, also in the background.
     telemetry::filter(config.log_level).map_err(WrongUsage::new)?;
-    serve::tracking_source(&config).map_err(WrongUsage::new)?;
-    serve::store_settings(&config).map_err(WrongUsage::new)?;
+    let source = serve::tracking_source(&config).map_err(WrongUsage::new)?;
+    serve::store_settings(&config, &source).map_err(WrongUsage::new)?;
     let outcome = check_mountpoint(&config.mountpoint);
     if arguments.background_process {
         // Checked by the parent; told to it if it has changed since.

@@ -15,8 +15,9 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::fuse::{FuseOptions, Mounted, mount};
 use crate::read::{ReadOptions, Reader};
-use crate::store::Stores;
+use crate::store::proxy::ProxySettings;
 use crate::store::s3::S3Settings;
+use crate::store::{StoreSettings, Stores};
 use crate::telemetry::{self, Log};
 use crate::tracking::TrackingSource;
 use crate::vfs::{Vfs, VfsOptions, moving};
@@ -50,13 +51,21 @@ pub(super) fn tracking_source(config: &Config) -> anyhow::Result<TrackingSource>
 ///
 /// # Errors
 /// What is wrong with one of them.
-pub(super) fn store_settings(config: &Config) -> anyhow::Result<S3Settings> {
-    let mut settings = S3Settings::from_variables(variable, config.sign_payload)?;
+pub(super) fn store_settings(
+    config: &Config,
+    source: &TrackingSource,
+) -> anyhow::Result<StoreSettings> {
+    let mut s3 = S3Settings::from_variables(variable, config.sign_payload)?;
     // A request that hangs is not waited for longer than a close is.
     if !config.close_timeout.is_zero() {
-        settings.patience = config.close_timeout.max(LEAST_PATIENCE);
+        s3.patience = config.close_timeout.max(LEAST_PATIENCE);
     }
-    Ok(settings)
+    let proxy = ProxySettings {
+        courier: source.courier()?,
+        patience: s3.patience,
+        folder: config.spill_dir.clone(),
+    };
+    Ok(StoreSettings { s3, proxy })
 }
 
 fn variable(name: &str) -> Option<String> {
@@ -180,10 +189,12 @@ impl Signals {
 /// Builds the rooms, from right to left.
 async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
     let runtime = tokio::runtime::Handle::current();
-    let tracking = tracking_source(config)?.open()?;
+    let source = tracking_source(config)?;
+    let stores = Stores::new(store_settings(config, &source)?);
+    let tracking = source.open()?;
     tracking.probe().await?;
     let tracking_uri = tracking.name().to_owned();
-    let stores = Arc::new(Stores::new(store_settings(config)?));
+    let stores = Arc::new(stores);
     let shared: Arc<Stores> = Arc::clone(&stores);
     let catalog = Catalog::new(tracking, shared, config.metadata_ttl);
     let read_floor = config.memory / FLOOR_SHARE;

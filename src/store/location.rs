@@ -9,6 +9,7 @@ use url::Url;
 
 use super::local::{self, LocalStore, LocalUri};
 use super::metrics::StoreMetrics;
+use super::proxy::{Address, ProxySettings, ProxyStore};
 use super::s3::{S3Client, S3Settings, S3Store};
 use super::{Store, StoreError, StoreResult};
 
@@ -31,23 +32,42 @@ impl Location {
     }
 }
 
+/// How stores of each kind are reached.
+#[derive(Clone, Debug, Default)]
+pub struct StoreSettings {
+    pub s3: S3Settings,
+    pub proxy: ProxySettings,
+}
+
+impl From<S3Settings> for StoreSettings {
+    fn from(s3: S3Settings) -> Self {
+        Self {
+            s3,
+            ..Self::default()
+        }
+    }
+}
+
 /// Opens stores by artifact URI and shares their clients and connection pools.
 #[derive(Debug)]
 pub struct Stores {
-    s3: S3Settings,
+    settings: StoreSettings,
     client: tokio::sync::OnceCell<Arc<S3Client>>,
     buckets: Mutex<HashMap<String, Arc<dyn Store>>>,
+    /// By the address of their routes.
+    proxies: Mutex<HashMap<String, Arc<dyn Store>>>,
     local: Arc<dyn Store>,
     metrics: Arc<StoreMetrics>,
 }
 
 impl Stores {
-    pub fn new(s3: S3Settings) -> Self {
+    pub fn new(settings: impl Into<StoreSettings>) -> Self {
         let metrics = Arc::<StoreMetrics>::default();
         Self {
-            s3,
+            settings: settings.into(),
             client: tokio::sync::OnceCell::new(),
             buckets: Mutex::default(),
+            proxies: Mutex::default(),
             local: Arc::new(LocalStore::new(Arc::clone(&metrics))),
             metrics,
         }
@@ -58,8 +78,8 @@ impl Stores {
         self.metrics.to_json()
     }
 
-    /// The location an artifact URI names: `s3://bucket/path`, `file:///path` or a path. No request
-    /// is sent to the store.
+    /// The location an artifact URI names: `s3://bucket/path`, `file:///path` or a path,
+    /// `mlflow-artifacts:/path`, or the artifact route of a server. No request is sent to the store.
     ///
     /// # Errors
     /// `Unsupported` for a scheme that no store serves, and for a path inside a mount of mlfs;
@@ -78,11 +98,15 @@ impl Stores {
         let scheme = artifact_uri
             .split_once(':')
             .map_or("", |(scheme, _)| scheme);
-        if scheme != "s3" {
-            return Err(StoreError::Unsupported {
-                object: without_credentials(artifact_uri),
-                detail: format!("artifact URIs with the scheme {scheme:?} are not served yet"),
-            });
+        match scheme {
+            "s3" => {}
+            "mlflow-artifacts" | "http" | "https" => return self.proxy(artifact_uri),
+            _ => {
+                return Err(StoreError::Unsupported {
+                    object: without_credentials(artifact_uri),
+                    detail: format!("artifact URIs with the scheme {scheme:?} are not served yet"),
+                });
+            }
         }
         let rest = artifact_uri.trim_start_matches("s3://");
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
@@ -108,6 +132,24 @@ impl Stores {
         })
     }
 
+    /// A path that a tracking server proxies.
+    fn proxy(&self, artifact_uri: &str) -> StoreResult<Location> {
+        let settings = &self.settings.proxy;
+        let (address, prefix) = Address::parse(artifact_uri, settings.server())?;
+        let mut proxies = self.proxies.lock();
+        let store = match proxies.get(&address.base) {
+            Some(store) => Arc::clone(store),
+            None => {
+                let base = address.base.clone();
+                let store = ProxyStore::new(address, settings, Arc::clone(&self.metrics))?;
+                let store: Arc<dyn Store> = Arc::new(store);
+                proxies.insert(base, Arc::clone(&store));
+                store
+            }
+        };
+        Ok(Location { store, prefix })
+    }
+
     async fn bucket(&self, bucket: &str) -> StoreResult<Arc<dyn Store>> {
         if let Some(store) = self.buckets.lock().get(bucket) {
             return Ok(Arc::clone(store));
@@ -115,7 +157,7 @@ impl Stores {
         let client = self
             .client
             .get_or_init(|| async {
-                S3Client::new(self.s3.clone(), Arc::clone(&self.metrics)).await
+                S3Client::new(self.settings.s3.clone(), Arc::clone(&self.metrics)).await
             })
             .await;
         let store: Arc<dyn Store> = Arc::new(S3Store::new(

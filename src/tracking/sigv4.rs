@@ -88,7 +88,14 @@ impl Signer {
             .build()
             .map_err(|error| wrong(&error))?
             .into();
-        let body = request.body().and_then(|body| body.as_bytes());
+        let body = match request.body() {
+            None => SignableBody::Bytes(&[]),
+            // One that is streamed cannot be read beforehand.
+            Some(body) => match body.as_bytes() {
+                Some(bytes) => SignableBody::Bytes(bytes),
+                None => SignableBody::UnsignedPayload,
+            },
+        };
         let headers = request
             .headers()
             .iter()
@@ -97,7 +104,7 @@ impl Signer {
             request.method().as_str(),
             request.url().as_str(),
             headers,
-            SignableBody::Bytes(body.unwrap_or_default()),
+            body,
         )
         .map_err(|error| wrong(&error))?;
         let output = sign(signable, &parameters).map_err(|error| wrong(&error))?;

@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Tracking;
+use super::courier::ArtifactCourier;
 use super::files::{self, FileTracking};
 use super::rest::RestTracking;
 use super::settings::{SettingError, TrackingSettings, Variables};
 use super::sqlite::SqliteTracking;
 use crate::store::local::LocalUri;
+use crate::store::proxy::Courier;
 
 /// The folder MLflow keeps files in when it is told of no other.
 const DEFAULT_FILES: &str = "mlruns";
@@ -76,6 +78,18 @@ impl TrackingSource {
              neither {DEFAULT_DATABASE} nor {DEFAULT_FILES} with experiments in {}",
             folder.display()
         )))
+    }
+
+    /// The way to its server for artifacts, if it is one.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn courier(&self) -> Result<Option<Arc<dyn Courier>>, SettingError> {
+        let Self::Server(settings) = self else {
+            return Ok(None);
+        };
+        let courier = ArtifactCourier::new(settings.as_ref().clone())?;
+        Ok(Some(Arc::new(courier)))
     }
 
     /// Opens the source; asks it for nothing.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
-use reqwest::{Certificate, Client, Identity, Method, Request, Response, redirect};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Method, Request, Response, redirect};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::OnceCell;
@@ -60,10 +60,22 @@ impl Transport {
     /// # Errors
     /// A certificate file that cannot be used, a token or workspace that fits no header.
     pub fn new(settings: TrackingSettings) -> Result<Self, SettingError> {
+        let timeout = settings.request_timeout;
+        Self::with(settings, Client::builder().timeout(timeout))
+    }
+
+    /// One that cuts no request off, for whoever watches them himself. Sends nothing.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn patient(settings: TrackingSettings) -> Result<Self, SettingError> {
+        Self::with(settings, Client::builder())
+    }
+
+    fn with(settings: TrackingSettings, builder: ClientBuilder) -> Result<Self, SettingError> {
         let headers = headers(&settings)?;
-        let mut builder = Client::builder()
+        let mut builder = builder
             .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(settings.request_timeout)
             .pool_max_idle_per_host(IDLE_CONNECTIONS)
             // A redirection would take the credentials along, or lose them on the way, and turns
             // POST into GET: it is told instead, with its target.
@@ -112,6 +124,10 @@ impl Transport {
     /// The tracking URI without credentials and without a slash at its end.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    pub fn client(&self) -> &Client {
+        &self.client
     }
 
     /// What an ordinary call may cost.
@@ -212,14 +228,19 @@ impl Transport {
             let detail = chain(&error.without_url());
             Failure::Final(self.protocol(call.subject, detail))
         })?;
+        let authorised = self.authorise(&mut request).await;
+        authorised.map_err(|error| self.unsigned(call.subject, error))?;
+        Ok(request)
+    }
+
+    /// Adds who we are, and the workspace.
+    pub async fn authorise(&self, request: &mut Request) -> Result<(), SignError> {
         // Here and not among the client's defaults, which no signature covers.
         request.headers_mut().extend(self.headers.clone());
-        if let Authentication::AwsSignature { region } = &self.settings.authentication {
-            self.sign(&mut request, region.as_deref())
-                .await
-                .map_err(|error| self.unsigned(call.subject, error))?;
+        match &self.settings.authentication {
+            Authentication::AwsSignature { region } => self.sign(request, region.as_deref()).await,
+            _ => Ok(()),
         }
-        Ok(request)
     }
 
     async fn sign(&self, request: &mut Request, region: Option<&str>) -> Result<(), SignError> {

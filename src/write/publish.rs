@@ -39,7 +39,7 @@ pub(super) type Versions = BTreeMap<u32, u64>;
 type SentPart = (u32, u64, PartReceipt);
 
 /// What to do for one part.
-enum Action {
+pub(super) enum Action {
     Have(u64, PartReceipt),
     Send,
     /// A sender has it: wait.
@@ -136,13 +136,15 @@ impl Draft {
             // Side by side: of one request the store has all or nothing.
             let put = self.put(&target, snapshot.size, condition);
             tokio::join!(put, self.record_close()).0
+        } else if !target.store.capabilities().multipart {
+            self.put_whole(&target, snapshot.size, condition).await
         } else {
             self.complete(&target, snapshot.size, condition).await
         }
     }
 
     /// Whether these versions of its chunks are of a later generation than may be published.
-    fn has_later(&self, versions: &Versions) -> bool {
+    pub(super) fn has_later(&self, versions: &Versions) -> bool {
         let Some(only) = self.state.lock().only else {
             return false;
         };
@@ -369,7 +371,7 @@ impl Draft {
     }
 
     /// The bytes `range` of a file that has nothing local there.
-    async fn load(
+    pub(super) async fn load(
         &self,
         range: Range<u64>,
     ) -> Result<(Payload, Option<crate::budget::Reservation>), WriteError> {
@@ -500,7 +502,7 @@ impl Draft {
 }
 
 /// The version of a part that was never a chunk.
-const UNTOUCHED: u64 = u64::MAX;
+pub(super) const UNTOUCHED: u64 = u64::MAX;
 
 impl State {
     /// Whether the file is another by now than may be published.
@@ -526,7 +528,7 @@ impl State {
         }
     }
 
-    fn action(&self, index: u32, size: u64) -> Action {
+    pub(super) fn action(&self, index: u32, size: u64) -> Action {
         let bounds = self.geometry.range(index);
         let part = bounds.start..bounds.end.min(size);
         let length = part.end - part.start;

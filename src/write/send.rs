@@ -89,7 +89,8 @@ pub(super) fn task_lost(draft: &Draft, error: &tokio::task::JoinError) -> WriteE
 impl Draft {
     /// Sends chunk `index`, which is full, in the background.
     pub(super) fn queue(self: &Arc<Self>, state: &mut State, index: u32) {
-        if !state.queued.insert(index) {
+        // Where it is one PUT nothing can be sent before all of it is there.
+        if !state.target.store.capabilities().multipart || !state.queued.insert(index) {
             return;
         }
         let length = {
@@ -111,6 +112,9 @@ impl Draft {
 
     /// Queues every full chunk that the store lacks, except the one being written to.
     pub(super) fn queue_full_chunks(self: &Arc<Self>, state: &mut State) -> usize {
+        if !state.target.store.capabilities().multipart {
+            return 0;
+        }
         let geometry = state.geometry;
         let full: Vec<u32> = state
             .chunks

@@ -77,9 +77,19 @@ impl Lab {
     }
 
     pub fn mount_with(&self, flags: &[&str]) -> Mount<'_> {
+        self.mount_by(self.program(), flags)
+    }
+
+    /// A mount with more in its environment.
+    pub fn mount_as(&self, variables: &[(&str, &str)]) -> Mount<'_> {
+        let mut program = self.program();
+        program.envs(variables.iter().copied());
+        self.mount_by(program, &[])
+    }
+
+    fn mount_by(&self, mut program: Command, flags: &[&str]) -> Mount<'_> {
         let path = self.empty_folder();
-        let output = self
-            .program()
+        let output = program
             .arg("mount")
             .arg(&path)
             .arg("--log-file")

@@ -1,0 +1,104 @@
+"""One file of 1 GiB written and read through mlfs and by MLflow's own client, on the same servers in
+the same run: one whose clients reach S3 by themselves, and three that proxy artifacts."""
+
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP / "tests" / "savers"))
+
+from servers import Inside, Server  # noqa: E402
+
+MIB = 1 << 20
+SIZE = int(os.environ.get("MLFS_CLIENT_SIZE", 1024)) * MIB
+# In memory, so that no disk is measured where the client needs a file.
+MEMORY_DISK = pathlib.Path("/dev/shm")
+TIMED = """
+import time
+started = time.monotonic()
+{}
+print(time.monotonic() - started)
+"""
+
+
+def drop_caches():
+    os.sync()
+    pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def timed(act):
+    drop_caches()
+    started = time.monotonic()
+    act()
+    return time.monotonic() - started
+
+
+def copy(source, target):
+    with open(source, "rb") as read, open(target, "wb") as write:
+        while piece := read.read(4 * MIB):
+            write.write(piece)
+
+
+def read(path, size=None, offset=0):
+    left = size or SIZE
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while left:
+            left -= len(file.read(min(left, 4 * MIB)))
+
+
+def measure(name, server, source):
+    server.mount()
+    by_client = float(server.client(
+        TIMED.format("MlflowClient().log_artifact(sys.argv[2], sys.argv[3], 'client')"),
+        server.run_id, source))
+    by_mlfs = timed(lambda: copy(source, server.run / "written"))
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as folder:
+        script = ("mlflow.artifacts.download_artifacts(run_id=sys.argv[2], "
+                  "artifact_path=sys.argv[3], dst_path=sys.argv[4])")
+        client_read = float(server.client(TIMED.format(script), server.run_id,
+                                          f"client/{source.name}", folder))
+    server.cold()
+    os.stat(server.run / "client" / source.name)
+    mlfs_read = timed(lambda: read(server.run / "client" / source.name))
+    server.cold()
+    os.stat(server.run / "written")
+    before = server.store()["bytes_in"]
+    mlfs_part = timed(lambda: read(server.run / "written", 64 * MIB, SIZE // 2))
+    fetched = (server.store()["bytes_in"] - before) / MIB
+    print(f"| {name} | {by_mlfs:.2f} / {by_client:.2f} ({by_client / by_mlfs:.2f} x) "
+          f"| {mlfs_read:.2f} / {client_read:.2f} ({client_read / mlfs_read:.2f} x) "
+          f"| {mlfs_part:.2f}, {fetched:.0f} MiB |", flush=True)
+
+
+def main():
+    inside = Inside.start()
+    proxy = {"MLFLOW_S3_ENDPOINT_URL": Inside.ENDPOINT, "NO_PROXY": "127.0.0.1",
+             "HTTP_PROXY": f"http://127.0.0.1:{inside.server_port}"}
+    print(f"{SIZE // MIB} MiB; seconds, mlfs / MLflow's client (client : mlfs)\n")
+    print("| server | write and close | cold read | cold read of 64 MiB in the middle |")
+    print("|---|---|---|---|")
+    with tempfile.NamedTemporaryFile(dir=MEMORY_DISK) as source:
+        piece = os.urandom(MIB)
+        for index in range(SIZE // MIB):
+            source.write(piece[index % 97:] + piece[:index % 97])
+        source.flush()
+        for name, how, more in (
+                ("direct, S3", ("--default-artifact-root", "s3://mlflow/{}",
+                                "--no-serve-artifacts"), {}),
+                ("proxied, directory", ("--artifacts-destination", "{}/artifacts"), {}),
+                ("proxied, S3", ("--artifacts-destination", "s3://mlflow/{}"), {}),
+                ("proxied, S3 out of reach", ("--artifacts-destination", "s3://mlflow/{}"), proxy)):
+            with tempfile.TemporaryDirectory() as folder:
+                place = folder if "directory" in name else os.path.basename(folder)
+                server = Server(pathlib.Path(folder), *(it.format(place) for it in how), **more)
+                try:
+                    measure(name, server, pathlib.Path(source.name))
+                finally:
+                    server.stop()
+
+
+main()

@@ -1,0 +1,376 @@
+//! The artifact routes of an MLflow server, which keeps artifacts somewhere else and passes all bytes
+//! through: `mlflow-artifacts:` URIs, and `http(s):` URIs of such routes.
+//!
+//! The protocol is MLflow 3.17's. Its listings tell names and sizes: there are no versions and no
+//! times, and no conditions on a write but what a look before it tells. Who we are is told to the
+//! tracking server alone.
+
+mod access;
+mod address;
+mod listing;
+mod read;
+mod upload;
+mod whole;
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use reqwest::{Client, redirect};
+
+pub use self::access::Courier;
+pub use self::address::Address;
+
+use self::access::Access;
+use self::address::check_name;
+use self::read::Reading;
+use self::upload::Upload;
+use self::whole::Wholes;
+use super::metrics::{Request, StoreMetrics};
+use super::{
+    Capabilities, Condition, ETag, ListPage, LongBody, ObjectMeta, PageStart, PartReceipt, Payload,
+    RangeBody, Store, StoreError, StoreResult, Stored,
+};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest that nothing may move, where nobody says otherwise.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How servers that proxy artifacts are reached.
+#[derive(Clone, Debug)]
+pub struct ProxySettings {
+    /// The way to the tracking server, if there is one.
+    pub courier: Option<Arc<dyn Courier>>,
+    /// The longest that nothing may move.
+    pub patience: Duration,
+    /// Where objects lie that a server sends only whole, while they are read.
+    pub folder: PathBuf,
+}
+
+impl Default for ProxySettings {
+    fn default() -> Self {
+        Self {
+            courier: None,
+            patience: PATIENCE,
+            folder: std::env::temp_dir(),
+        }
+    }
+}
+
+impl ProxySettings {
+    pub(super) fn server(&self) -> Option<&str> {
+        self.courier.as_deref().map(Courier::server)
+    }
+}
+
+/// What one server proxies.
+#[derive(Debug)]
+pub struct ProxyStore {
+    name: String,
+    access: Access,
+    reading: Arc<Reading>,
+    metrics: Arc<StoreMetrics>,
+}
+
+impl ProxyStore {
+    /// Sends nothing.
+    ///
+    /// # Errors
+    /// No HTTP client can be made.
+    pub fn new(
+        address: Address,
+        settings: &ProxySettings,
+        metrics: Arc<StoreMetrics>,
+    ) -> StoreResult<Self> {
+        let name = address.name();
+        let stranger = Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .redirect(redirect::Policy::none())
+            .referer(false)
+            .user_agent(concat!("mlfs/", env!("CARGO_PKG_VERSION")))
+            .build();
+        let stranger = stranger.map_err(|error| StoreError::Other {
+            object: name.clone(),
+            detail: error.to_string(),
+        })?;
+        let courier = settings.courier.clone();
+        let access = Access::new(address, courier, stranger, settings.patience);
+        let wholes = Arc::new(Wholes::new(settings.folder.clone()));
+        let reading = Reading::new(access.clone(), wholes, Arc::clone(&metrics));
+        Ok(Self {
+            name,
+            access,
+            reading: Arc::new(reading),
+            metrics,
+        })
+    }
+
+    fn object(&self, key: &str) -> Arc<str> {
+        format!("{}/{key}", self.name).into()
+    }
+
+    /// The server takes whatever it is sent: all that can be done is to look before.
+    async fn check(&self, key: &str, condition: &Condition) -> StoreResult<()> {
+        let object = self.object(key);
+        check_name(&object, key)?;
+        let conflicts = match condition {
+            Condition::Always => false,
+            Condition::IfAbsent => listing::find(&self.access, &object, key).await?.is_some(),
+            Condition::IfMatch(_) => true,
+        };
+        match conflicts {
+            true => Err(StoreError::Conflict {
+                object: object.to_string(),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    fn in_one(&self, key: &str) -> StoreError {
+        StoreError::Unsupported {
+            object: self.object(key).to_string(),
+            detail: "the MLflow server takes whole objects only".to_owned(),
+        }
+    }
+
+    async fn send(&self, key: &str, body: Arc<dyn LongBody>) -> StoreResult<Stored> {
+        self.metrics.count(Request::Put);
+        let upload = Upload {
+            access: &self.access,
+            reading: &self.reading,
+            metrics: &self.metrics,
+        };
+        upload.put(key, &self.object(key), &body).await
+    }
+}
+
+/// A body that is in memory.
+#[derive(Debug)]
+struct Held(Bytes);
+
+impl LongBody for Held {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {
+        let bytes = self.0.clone();
+        stream::once(async { Ok(bytes) }).boxed()
+    }
+}
+
+/// A body that is another object of the server's.
+#[derive(Debug)]
+struct Copied {
+    reading: Arc<Reading>,
+    key: String,
+    object: Arc<str>,
+    size: u64,
+    version: Option<ETag>,
+}
+
+impl LongBody for Copied {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {
+        if self.size == 0 {
+            return stream::empty().boxed();
+        }
+        let (reading, key) = (Arc::clone(&self.reading), self.key.clone());
+        let (object, version) = (Arc::clone(&self.object), self.version.clone());
+        let whole = 0..self.size;
+        let body = async move {
+            let body = reading.get(&key, &object, whole.clone(), version.as_ref());
+            let body = body.await?;
+            if body.object_size != whole.end || body.range != whole {
+                return Err(StoreError::Changed {
+                    object: object.to_string(),
+                });
+            }
+            Ok(body.frames)
+        };
+        stream::once(body).try_flatten().boxed()
+    }
+}
+
+#[async_trait]
+impl Store for ProxyStore {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn identity(&self) -> &str {
+        &self.name
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            multipart: false,
+            copy: false,
+            copy_part: false,
+            list_parts: false,
+            conditional_put: false,
+            minimum_part_size: 1,
+            maximum_parts: 1,
+            maximum_put_size: i64::MAX as u64,
+            local: false,
+        }
+    }
+
+    async fn list(
+        &self,
+        prefix: &str,
+        delimited: bool,
+        start: PageStart<'_>,
+        maximum: Option<u32>,
+    ) -> StoreResult<ListPage> {
+        self.metrics.count(Request::List);
+        let object = self.object(prefix);
+        // What cannot be there is not asked for.
+        if check_name(&object, prefix).is_err() {
+            return Ok(ListPage::default());
+        }
+        listing::page(&self.access, &object, prefix, delimited, start, maximum).await
+    }
+
+    async fn head(&self, key: &str) -> StoreResult<ObjectMeta> {
+        self.metrics.count(Request::Head);
+        let object = self.object(key);
+        let found = match check_name(&object, key) {
+            Ok(()) => listing::find(&self.access, &object, key).await?,
+            Err(_) => None,
+        };
+        found.ok_or_else(|| StoreError::NotFound {
+            object: object.to_string(),
+        })
+    }
+
+    async fn get(
+        &self,
+        key: &str,
+        range: Range<u64>,
+        version: Option<&ETag>,
+    ) -> StoreResult<RangeBody> {
+        self.metrics.count(Request::Get);
+        let object = self.object(key);
+        self.reading.get(key, &object, range, version).await
+    }
+
+    async fn put(&self, key: &str, payload: Payload, condition: Condition) -> StoreResult<Stored> {
+        self.check(key, &condition).await?;
+        self.send(key, Arc::new(Held(payload.bytes))).await
+    }
+
+    async fn put_long(
+        &self,
+        key: &str,
+        body: Arc<dyn LongBody>,
+        condition: Condition,
+    ) -> StoreResult<Stored> {
+        self.check(key, &condition).await?;
+        self.send(key, body).await
+    }
+
+    async fn create_multipart(&self, key: &str) -> StoreResult<String> {
+        Err(self.in_one(key))
+    }
+
+    async fn upload_part(
+        &self,
+        key: &str,
+        _upload_id: &str,
+        _number: u32,
+        _payload: Payload,
+    ) -> StoreResult<PartReceipt> {
+        Err(self.in_one(key))
+    }
+
+    async fn copy_part(
+        &self,
+        key: &str,
+        _upload_id: &str,
+        _number: u32,
+        _source: &str,
+        _range: Range<u64>,
+        _version: Option<&ETag>,
+    ) -> StoreResult<PartReceipt> {
+        Err(self.in_one(key))
+    }
+
+    async fn complete_multipart(
+        &self,
+        key: &str,
+        _upload_id: &str,
+        _parts: &[PartReceipt],
+        _condition: Condition,
+    ) -> StoreResult<Stored> {
+        Err(self.in_one(key))
+    }
+
+    async fn abort_multipart(&self, _key: &str, _upload_id: &str) -> StoreResult<()> {
+        Ok(())
+    }
+
+    async fn list_parts(&self, key: &str, _upload_id: &str) -> StoreResult<Vec<PartReceipt>> {
+        Err(self.in_one(key))
+    }
+
+    /// Through this machine: the server copies nothing by itself.
+    async fn copy(&self, source: &ObjectMeta, target: &str) -> StoreResult<Stored> {
+        self.check(target, &Condition::Always).await?;
+        let body = Copied {
+            reading: Arc::clone(&self.reading),
+            key: source.key.clone(),
+            object: self.object(&source.key),
+            size: source.size,
+            version: source.etag.clone(),
+        };
+        self.send(target, Arc::new(body)).await
+    }
+
+    async fn delete(&self, keys: &[String]) -> StoreResult<()> {
+        for key in keys {
+            self.metrics.count(Request::Delete);
+            self.remove(key).await?;
+        }
+        Ok(())
+    }
+}
+
+impl ProxyStore {
+    /// Removes an object; of a directory (a key that ends in a slash) only an empty one, for the
+    /// server removes all that is below.
+    async fn remove(&self, key: &str) -> StoreResult<()> {
+        let object = self.object(key);
+        check_name(&object, key)?;
+        let path = key.trim_end_matches('/');
+        if key.ends_with('/') {
+            let below = listing::page(&self.access, &object, key, true, PageStart::First, Some(2));
+            let below = below.await?;
+            let is_empty =
+                below.prefixes.is_empty() && below.objects.iter().all(|it| it.key == key);
+            if !is_empty {
+                return Ok(());
+            }
+        } else if listing::find(&self.access, &object, key).await?.is_none() {
+            return Ok(());
+        }
+        let url = self.access.address.object(path);
+        let patience = self.access.patience;
+        let removed = self
+            .access
+            .send(&object, patience, |client| client.delete(&url));
+        self.reading.wholes.forget(key);
+        match removed.await {
+            Err(failed) if failed.is(404) => Ok(()),
+            outcome => Ok(outcome.map(|_| ())?),
+        }
+    }
+}

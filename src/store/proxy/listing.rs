@@ -1,0 +1,186 @@
+//! Listings as object stores give them, of directories that the server lists whole.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Deserializer};
+
+use super::access::{Access, Failed};
+use crate::store::{ListPage, ObjectMeta, PageStart, StoreResult};
+
+/// A directory as the server tells it.
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(default)]
+    files: Vec<File>,
+}
+
+#[derive(Deserialize)]
+struct File {
+    /// Its name; from some stores with directories before it.
+    path: String,
+    #[serde(default)]
+    is_dir: bool,
+    /// Absent for nothing.
+    #[serde(default, deserialize_with = "number_or_text")]
+    file_size: u64,
+}
+
+/// JSON of protocol buffers may have large numbers as texts.
+fn number_or_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either {
+        Number(u64),
+        Text(String),
+        Nothing(()),
+    }
+    match Either::deserialize(deserializer)? {
+        Either::Number(number) => Ok(number),
+        Either::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        Either::Nothing(()) => Ok(0),
+    }
+}
+
+/// One name of a directory.
+struct Entry {
+    /// With a slash at its end for a directory.
+    key: String,
+    size: u64,
+}
+
+/// The names of the directory at `path`, with their keys; none if there is no such directory.
+async fn directory(access: &Access, object: &str, path: &str) -> StoreResult<Vec<Entry>> {
+    let url = access.address.listing();
+    let answer: Result<Answer, Failed> = access
+        .ask(object, |client| client.get(&url).query(&[("path", path)]))
+        .await;
+    let answer = match answer {
+        Err(failed) if failed.is(404) => return Ok(Vec::new()),
+        answer => answer?,
+    };
+    let prefix = match path {
+        "" => String::new(),
+        path => format!("{path}/"),
+    };
+    let entries = answer.files.into_iter().filter_map(|file| {
+        let name = file.path.trim_end_matches('/');
+        let name = name.rsplit('/').next().filter(|name| !name.is_empty())?;
+        let slash = if file.is_dir { "/" } else { "" };
+        Some(Entry {
+            key: format!("{prefix}{name}{slash}"),
+            size: file.file_size,
+        })
+    });
+    Ok(entries.collect())
+}
+
+fn allows(start: &PageStart<'_>, key: &str) -> bool {
+    match start {
+        PageStart::First => true,
+        PageStart::Token(last) => key > *last,
+        // Of a directory that begins before the key, something may come behind it.
+        PageStart::After(after) => key > *after || (key.ends_with('/') && after.starts_with(key)),
+    }
+}
+
+/// A page of what begins with `prefix`. Without a `maximum` it is all there is.
+pub(super) async fn page(
+    access: &Access,
+    object: &str,
+    prefix: &str,
+    delimited: bool,
+    start: PageStart<'_>,
+    maximum: Option<u32>,
+) -> StoreResult<ListPage> {
+    let (path, _) = prefix.rsplit_once('/').unwrap_or_default();
+    let mut found = directory(access, object, path).await?;
+    found.retain(|entry| entry.key.starts_with(prefix));
+    if found.is_empty() && prefix.ends_with('/') && is_directory(access, object, path).await? {
+        // It stands for itself, as the empty objects do that stores' consoles make.
+        let key = prefix.to_owned();
+        found.push(Entry { key, size: 0 });
+        return Ok(cut(found, false, start, maximum));
+    }
+    if !delimited {
+        let mut below: VecDeque<String> = VecDeque::new();
+        let mut files = Vec::new();
+        loop {
+            for entry in found.drain(..) {
+                match entry.key.strip_suffix('/') {
+                    Some(path) => below.push_back(path.to_owned()),
+                    None => files.push(entry),
+                }
+            }
+            let Some(path) = below.pop_front() else {
+                break;
+            };
+            found = directory(access, object, &path).await?;
+        }
+        found = files;
+    }
+    Ok(cut(found, delimited, start, maximum))
+}
+
+async fn is_directory(access: &Access, object: &str, path: &str) -> StoreResult<bool> {
+    if path.is_empty() {
+        return Ok(false);
+    }
+    let (parent, _) = path.rsplit_once('/').unwrap_or_default();
+    let siblings = directory(access, object, parent).await?;
+    let mut keys = siblings
+        .iter()
+        .filter_map(|entry| entry.key.strip_suffix('/'));
+    Ok(keys.any(|key| key == path))
+}
+
+fn cut(
+    mut found: Vec<Entry>,
+    delimited: bool,
+    start: PageStart<'_>,
+    maximum: Option<u32>,
+) -> ListPage {
+    found.retain(|entry| allows(&start, &entry.key));
+    found.sort_by(|one, other| one.key.cmp(&other.key));
+    let mut next = None;
+    if let Some(maximum) = maximum {
+        let most = (maximum as usize).max(1);
+        if found.len() > most {
+            found.truncate(most);
+            next = found.last().map(|entry| entry.key.clone());
+        }
+    }
+    let mut page = ListPage {
+        next,
+        ..ListPage::default()
+    };
+    for Entry { key, size } in found {
+        if delimited && key.ends_with('/') {
+            page.prefixes.push(key);
+        } else {
+            page.objects.push(meta(key, size));
+        }
+    }
+    page
+}
+
+fn meta(key: String, size: u64) -> ObjectMeta {
+    ObjectMeta {
+        key,
+        size,
+        etag: None,
+        modified: None,
+    }
+}
+
+/// One object, as its directory tells of it: asking for the object itself makes some servers fetch
+/// all of it.
+pub(super) async fn find(
+    access: &Access,
+    object: &str,
+    key: &str,
+) -> StoreResult<Option<ObjectMeta>> {
+    let (path, _) = key.rsplit_once('/').unwrap_or_default();
+    let entries = directory(access, object, path).await?;
+    let found = entries.into_iter().find(|entry| entry.key == key);
+    Ok(found.map(|entry| meta(entry.key, entry.size)))
+}

@@ -1,0 +1,464 @@
+//! Reading by the rule that spares the server: from the store behind it where that can be reached,
+//! else in ranges, else one whole body for everybody.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream};
+use parking_lot::Mutex;
+use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, RANGE};
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use serde::Deserialize;
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+
+use super::access::{Access, Failed, answer};
+use super::listing;
+use super::whole::Wholes;
+use crate::store::metrics::StoreMetrics;
+use crate::store::{ETag, RangeBody, StoreError, StoreResult};
+
+/// Presigned addresses are good for 300 s: they are asked for anew before that.
+const PRESIGNED_FOR: Duration = Duration::from_secs(240);
+/// Some servers fetch all of an object before they send its first byte.
+const WHOLE_ANSWER: Duration = Duration::from_secs(600);
+/// How often a body that breaks off is asked for again without any byte of it having come.
+const RESUMPTIONS: u32 = 4;
+
+/// What a server says of itself.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+struct ServerInfo {
+    #[serde(default)]
+    multipart_downloads_enabled: bool,
+}
+
+/// An address in the store behind the server.
+#[derive(Clone, Debug, Deserialize)]
+struct Presigned {
+    url: String,
+    #[serde(default)]
+    headers: HashMap<String, String>,
+    #[serde(skip)]
+    asked: Option<Instant>,
+}
+
+/// Reads objects of one server.
+#[derive(Debug)]
+pub(super) struct Reading {
+    access: Access,
+    metrics: Arc<StoreMetrics>,
+    info: OnceCell<ServerInfo>,
+    /// The store behind the server cannot be reached, or gives no addresses.
+    refuses_presigned: AtomicBool,
+    presigned: Mutex<HashMap<String, Presigned>>,
+    /// The server has answered with all of an object when it was asked for a range.
+    sends_wholes: AtomicBool,
+    /// The server has answered, so that it is known what it sends.
+    is_known: AtomicBool,
+    /// Held by whoever finds that out: a whole body is not to be sent twice.
+    probing: tokio::sync::Mutex<()>,
+    /// Held by whoever may be about to begin a whole body.
+    beginning: tokio::sync::Mutex<()>,
+    pub wholes: Arc<Wholes>,
+}
+
+impl Reading {
+    pub fn new(access: Access, wholes: Arc<Wholes>, metrics: Arc<StoreMetrics>) -> Self {
+        Self {
+            access,
+            metrics,
+            info: OnceCell::new(),
+            refuses_presigned: AtomicBool::new(false),
+            presigned: Mutex::default(),
+            sends_wholes: AtomicBool::new(false),
+            is_known: AtomicBool::new(false),
+            probing: tokio::sync::Mutex::default(),
+            beginning: tokio::sync::Mutex::default(),
+            wholes,
+        }
+    }
+
+    /// Bytes `range` of an object, if it still is that version where the server knows versions.
+    pub async fn get(
+        self: &Arc<Self>,
+        key: &str,
+        object: &Arc<str>,
+        range: Range<u64>,
+        version: Option<&ETag>,
+    ) -> StoreResult<RangeBody> {
+        let probing = match self.is_known.load(Ordering::Relaxed) {
+            true => None,
+            false => Some(self.probing.lock().await),
+        };
+        if self.sends_wholes.load(Ordering::Relaxed) {
+            drop(probing);
+            return self.whole(key, object, range, None).await;
+        }
+        let mut ranged = Ranged {
+            reading: Arc::clone(self),
+            key: key.to_owned(),
+            object: Arc::clone(object),
+            version: version.cloned(),
+            at: range.start,
+            end: range.end,
+            response: None,
+            broken: 0,
+        };
+        let answered = ranged.request().await?;
+        self.is_known.store(true, Ordering::Relaxed);
+        match answered {
+            Answered::Range(range, object_size) => {
+                ranged.end = range.end;
+                Ok(RangeBody {
+                    etag: ranged.version.clone(),
+                    object_size,
+                    range,
+                    frames: ranged.frames(),
+                })
+            }
+            Answered::Whole(response) => {
+                if !self.sends_wholes.swap(true, Ordering::Relaxed) {
+                    let server = &self.access.address.base;
+                    tracing::info!(
+                        server,
+                        "it sends whole objects only; each is read once, in order"
+                    );
+                }
+                drop(probing);
+                self.whole(key, object, range, Some(response)).await
+            }
+        }
+    }
+
+    /// Serves a range from the one body, which begins now if there is none.
+    async fn whole(
+        &self,
+        key: &str,
+        object: &Arc<str>,
+        range: Range<u64>,
+        response: Option<Response>,
+    ) -> StoreResult<RangeBody> {
+        let beginning = self.beginning.lock().await;
+        let kept = self.wholes.get(key);
+        let is_fresh = kept.as_ref().is_some_and(|whole| whole.is_fresh());
+        let size = match &kept {
+            Some(whole) if is_fresh => whole.size,
+            _ => {
+                let found = listing::find(&self.access, object, key).await?;
+                found.ok_or_else(|| not_found(object))?.size
+            }
+        };
+        let whole = match kept.filter(|whole| whole.size == size) {
+            Some(whole) => whole,
+            None => {
+                let response = match response {
+                    Some(response) => response,
+                    None => {
+                        let url = self.access.address.object(key);
+                        let build = |client: &Client| client.get(&url);
+                        self.access.send(object, WHOLE_ANSWER, build).await?
+                    }
+                };
+                let (patience, metrics) = (self.access.patience, Arc::clone(&self.metrics));
+                let object = Arc::clone(object);
+                self.wholes
+                    .begin(key, object, size, response, patience, metrics)?
+            }
+        };
+        if !is_fresh {
+            whole.refresh();
+        }
+        drop(beginning);
+        if range.start >= whole.size {
+            return Err(beyond(object, range.start, whole.size));
+        }
+        let range = range.start..range.end.min(whole.size);
+        Ok(RangeBody {
+            etag: None,
+            object_size: whole.size,
+            range: range.clone(),
+            frames: whole.frames(range),
+        })
+    }
+
+    async fn info(&self) -> ServerInfo {
+        let ask = async || {
+            let url = self.access.address.server_info()?;
+            let asked = self.access.ask(&url, |client| client.get(&url)).await;
+            // Older servers have no such answer.
+            asked.ok()
+        };
+        *self
+            .info
+            .get_or_init(|| async { ask().await.unwrap_or_default() })
+            .await
+    }
+
+    /// Where the store behind the server has an object, if it can be asked.
+    async fn presigned(&self, key: &str, object: &str) -> Option<Presigned> {
+        if self.refuses_presigned.load(Ordering::Relaxed)
+            || !self.info().await.multipart_downloads_enabled
+        {
+            return None;
+        }
+        if let Some(known) = self.presigned.lock().get(key)
+            && known
+                .asked
+                .is_some_and(|asked| asked.elapsed() < PRESIGNED_FOR)
+        {
+            return Some(known.clone());
+        }
+        let url = self.access.address.presigned(key);
+        let asked = Instant::now();
+        let answer: Result<Presigned, Failed> =
+            self.access.ask(object, |client| client.get(&url)).await;
+        match answer {
+            Ok(presigned) => {
+                let presigned = Presigned {
+                    asked: Some(asked),
+                    ..presigned
+                };
+                let mut known = self.presigned.lock();
+                known.retain(|_, it| it.asked.is_some_and(|at| at.elapsed() < PRESIGNED_FOR));
+                known.insert(key.to_owned(), presigned.clone());
+                Some(presigned)
+            }
+            Err(failed) => {
+                // Only some stores have such addresses. What else is wrong the server tells itself.
+                if failed.is(501) || failed.is(400) || failed.is(405) {
+                    self.refuses_presigned.store(true, Ordering::Relaxed);
+                }
+                None
+            }
+        }
+    }
+
+    fn forget_presigned(&self, key: &str) {
+        self.presigned.lock().remove(key);
+    }
+
+    fn refuse_presigned(&self, url: &str, error: &StoreError) {
+        if !self.refuses_presigned.swap(true, Ordering::Relaxed) {
+            let host = url::Url::parse(url).ok();
+            let host = host
+                .as_ref()
+                .and_then(url::Url::host_str)
+                .unwrap_or_default();
+            tracing::warn!(host, %error,
+                "the store behind the MLflow server cannot be reached from here; everything is read \
+                 through the server");
+        }
+    }
+}
+
+/// What a server answered when it was asked for a range.
+enum Answered {
+    /// With these bytes of an object of so many.
+    Range(Range<u64>, u64),
+    Whole(Response),
+}
+
+/// A range on its way.
+struct Ranged {
+    reading: Arc<Reading>,
+    key: String,
+    object: Arc<str>,
+    /// What was asked for, else what came first.
+    version: Option<ETag>,
+    at: u64,
+    end: u64,
+    response: Option<Response>,
+    /// How often it broke off since the last byte.
+    broken: u32,
+}
+
+impl Ranged {
+    /// Asks for the rest, from where it lies if that can be.
+    async fn request(&mut self) -> StoreResult<Answered> {
+        let (reading, object) = (Arc::clone(&self.reading), Arc::clone(&self.object));
+        for _ in 0..2 {
+            let Some(presigned) = reading.presigned(&self.key, &object).await else {
+                break;
+            };
+            let client = reading.access.stranger();
+            let mut headers = HeaderMap::new();
+            for (name, value) in &presigned.headers {
+                if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), value.parse()) {
+                    headers.insert(name, value);
+                }
+            }
+            let request = client.get(&presigned.url).headers(headers);
+            let sent = self.ranged(request).send();
+            match answer(&object, reading.access.patience, sent).await {
+                Ok(response) => return self.accept(response),
+                Err(failed) if failed.is(403) => reading.forget_presigned(&self.key),
+                Err(failed) if failed.is(412) => return Err(self.changed()),
+                Err(failed) if failed.is(404) => return Err(failed.error),
+                Err(failed) if failed.unreachable => {
+                    reading.refuse_presigned(&presigned.url, &failed.error);
+                }
+                Err(failed) if failed.again => failed.pause(1).await,
+                Err(failed) => reading.refuse_presigned(&presigned.url, &failed.error),
+            }
+        }
+        let url = reading.access.address.object(&self.key);
+        let build = |client: &Client| self.ranged(client.get(&url));
+        match reading.access.send(&object, WHOLE_ANSWER, build).await {
+            Ok(response) => self.accept(response),
+            Err(failed) if failed.is(412) => Err(self.changed()),
+            Err(failed) if failed.is(416) => {
+                let found = listing::find(&reading.access, &object, &self.key).await?;
+                let size = found.ok_or_else(|| not_found(&object))?.size;
+                Err(beyond(&object, self.at, size))
+            }
+            // So some stores answer when there is nothing.
+            Err(failed) if failed.is(500) => {
+                let found = listing::find(&reading.access, &object, &self.key).await;
+                match found {
+                    Ok(None) => Err(not_found(&object)),
+                    _ => Err(failed.error),
+                }
+            }
+            Err(failed) => Err(failed.error),
+        }
+    }
+
+    fn ranged(&self, request: RequestBuilder) -> RequestBuilder {
+        let request = request.header(RANGE, format!("bytes={}-{}", self.at, self.end - 1));
+        let version = self.version.as_ref();
+        match version.and_then(|etag| HeaderValue::from_str(etag.as_str()).ok()) {
+            Some(etag) => request.header(IF_MATCH, etag),
+            None => request,
+        }
+    }
+
+    fn accept(&mut self, response: Response) -> StoreResult<Answered> {
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            return Ok(Answered::Whole(response));
+        }
+        let told = response.headers().get(CONTENT_RANGE);
+        let told = told.and_then(|value| value.to_str().ok());
+        let Some((range, size)) = told.and_then(content_range) else {
+            return Err(StoreError::Unsupported {
+                object: self.object.to_string(),
+                detail: format!("the server does not say which bytes these are: {told:?}"),
+            });
+        };
+        if range.start != self.at || range.end > self.end {
+            return Err(StoreError::Corrupt {
+                object: self.object.to_string(),
+                detail: format!("asked for {}-{}, got {range:?}", self.at, self.end),
+            });
+        }
+        let etag = response.headers().get(ETAG);
+        let etag = etag.and_then(|value| value.to_str().ok()).map(ETag::new);
+        if self.version.is_some() && etag.is_some() && etag != self.version {
+            return Err(self.changed());
+        }
+        self.version = etag.or(self.version.take());
+        self.response = Some(response);
+        Ok(Answered::Range(range, size))
+    }
+
+    fn changed(&self) -> StoreError {
+        StoreError::Changed {
+            object: self.object.to_string(),
+        }
+    }
+
+    fn frames(self) -> BoxStream<'static, StoreResult<Bytes>> {
+        Box::pin(stream::try_unfold(self, |mut ranged| async move {
+            Ok(ranged.frame().await?.map(|frame| (frame, ranged)))
+        }))
+    }
+
+    /// The next bytes; asks again for the rest when it breaks off.
+    async fn frame(&mut self) -> StoreResult<Option<Bytes>> {
+        while self.at < self.end {
+            let failed = match &mut self.response {
+                Some(response) => {
+                    let patience = self.reading.access.patience;
+                    match timeout(patience, response.chunk()).await {
+                        Ok(Ok(Some(frame))) if frame.is_empty() => continue,
+                        Ok(Ok(Some(frame))) => {
+                            self.reading.metrics.received(frame.len() as u64);
+                            self.at += frame.len() as u64;
+                            self.broken = 0;
+                            if self.at > self.end {
+                                return Err(StoreError::Corrupt {
+                                    object: self.object.to_string(),
+                                    detail: "more came than was asked for".to_owned(),
+                                });
+                            }
+                            return Ok(Some(frame));
+                        }
+                        Ok(Ok(None)) => Failed::last(StoreError::Unavailable {
+                            object: self.object.to_string(),
+                            detail: format!("it ended {} bytes early", self.end - self.at),
+                        }),
+                        Ok(Err(error)) => Failed::broken(&self.object, &error),
+                        Err(_) => Failed::silent(&self.object, patience),
+                    }
+                }
+                None => return Ok(None),
+            };
+            self.response = None;
+            self.broken += 1;
+            if self.broken > RESUMPTIONS {
+                return Err(failed.error);
+            }
+            failed.pause(self.broken).await;
+            match self.request().await? {
+                Answered::Range(range, _) if range.end == self.end => {}
+                _ => return Err(failed.error),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The bytes and the size that `Content-Range` tells of.
+fn content_range(text: &str) -> Option<(Range<u64>, u64)> {
+    let (range, size) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    let size = size.parse().ok()?;
+    (first <= last && last < size).then_some((first..last + 1, size))
+}
+
+fn not_found(object: &str) -> StoreError {
+    StoreError::NotFound {
+        object: object.to_owned(),
+    }
+}
+
+fn beyond(object: &str, at: u64, size: u64) -> StoreError {
+    StoreError::Other {
+        object: object.to_owned(),
+        detail: format!("there is nothing at {at}: it has {size}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::content_range;
+
+    #[test]
+    fn a_content_range_is_taken_only_whole() {
+        assert_eq!(content_range("bytes 5-9/20"), Some((5..10, 20)));
+        for text in [
+            "bytes */20",
+            "bytes 5-9/*",
+            "bytes 9-5/20",
+            "bytes 5-20/20",
+            "5-9/20",
+            "",
+        ] {
+            assert_eq!(content_range(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,143 @@
+"""MLflow servers of one's own, and mounts of them."""
+
+import http.client
+import http.server
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+
+CLIENT = """
+import mlflow, sys
+from mlflow import MlflowClient
+mlflow.set_tracking_uri(sys.argv[1])
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Inside(http.server.BaseHTTPRequestHandler):
+    """The way to S3 for those who are told of it, under a name that nobody else knows."""
+
+    ENDPOINT = "http://s3.inside"
+    protocol_version = "HTTP/1.1"
+
+    def forward(self):
+        path = self.path.removeprefix(self.ENDPOINT)
+        length = int(self.headers.get("Content-Length", 0))
+        store = http.client.HTTPConnection(urllib.parse.urlsplit(os.environ["S3_ENDPOINT"]).netloc)
+        store.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("expect", "proxy-connection"):
+                store.putheader(name, value)
+        store.endheaders(self.rfile.read(length))
+        answer = store.getresponse()
+        body = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                self.send_header(name, value)
+        head = self.command == "HEAD"
+        self.send_header("Content-Length", answer.getheader("Content-Length", "0") if head
+                         else str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        store.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
+
+    def log_message(self, *_):
+        pass
+
+    @classmethod
+    def start(cls):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cls)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+
+class Server:
+    """A server, started so, a run of it, and a mount."""
+
+    def __init__(self, folder, *how, **more):
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.log = open(folder / "server.log", "wb")
+        program = pathlib.Path(sys.executable).parent / "mlflow"
+        self.server = subprocess.Popen(
+            [program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+             "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *how],
+            cwd=folder, stdout=self.log, stderr=self.log, start_new_session=True,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **more})
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                break
+            except OSError:
+                assert self.server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+        self.run_id = self.client("print(MlflowClient().create_run('0').info.run_id, end='')")
+        self.path = folder / "runs"
+        self.path.mkdir()
+        self.mounted = False
+
+    def client(self, script, *arguments):
+        """MLflow's own client, in a process of its own."""
+        done = subprocess.run([sys.executable, "-c", CLIENT + script, self.uri, *map(str, arguments)],
+                              check=True, timeout=300, stdout=subprocess.PIPE, text=True)
+        return done.stdout.splitlines()[-1] if done.stdout else ""
+
+    def download(self, name):
+        script = ("print(mlflow.artifacts.download_artifacts(run_id=sys.argv[2], "
+                  "artifact_path=sys.argv[3]), end='')")
+        return self.client(script, self.run_id, name)
+
+    @property
+    def run(self):
+        return self.path / self.run_id
+
+    def mlfs(self, *arguments, **more):
+        subprocess.run([os.environ["MLFS_BIN"], *arguments], check=True, timeout=120, **more)
+
+    def mount(self, *flags):
+        self.mlfs("mount", self.path, "--spill-dir", self.folder / "spill", "--log-file",
+                  self.folder / "log", *flags,
+                  env={**os.environ, "MLFLOW_TRACKING_URI": self.uri})
+        self.mounted = True
+
+    def unmount(self):
+        if self.mounted:
+            self.mlfs("unmount", self.path, "--timeout", "60s")
+        self.mounted = False
+
+    def cold(self, *flags):
+        self.unmount()
+        self.mount(*flags)
+
+    def store(self):
+        """What the stores were asked."""
+        return json.loads((self.path / ".mlfs" / "status").read_text())["store"]
+
+    def bodies(self):
+        """How often the server was asked for an object of the mount's."""
+        lines = (self.folder / "server.log").read_text().splitlines()
+        return sum("GET /api/2.0/mlflow-artifacts/artifacts/" in line for line in lines)
+
+    def stop(self):
+        self.unmount()
+        os.killpg(self.server.pid, 15)
+        self.server.wait(timeout=30)
+        self.log.close()
