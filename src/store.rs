@@ -170,6 +170,14 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     fn capabilities(&self) -> Capabilities;
 
+    /// Whether an object may have this key.
+    ///
+    /// # Errors
+    /// `InvalidName`, with what is wrong with it.
+    fn accepts(&self, _key: &str) -> StoreResult<()> {
+        Ok(())
+    }
+
     /// Objects (and, with `delimited`, common prefixes up to `/`) whose keys start with `prefix`,
     /// in key order, from `start` on.
     async fn list(

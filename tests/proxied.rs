@@ -4,9 +4,10 @@
 mod harness;
 
 use std::fs;
-use std::io;
+use std::io::Write;
+use std::path::PathBuf;
 
-use harness::{Lab, Mount, PREFIX, RUN};
+use harness::{Lab, Mount, PREFIX, RUN, close, errno, noise};
 use mlfs_lab::artifacts::Behaviour;
 
 const MIB: usize = 1 << 20;
@@ -35,19 +36,11 @@ fn key(name: &str) -> String {
     format!("{PREFIX}/{name}")
 }
 
-fn noise(size: usize) -> Vec<u8> {
-    let mut state = 7_u64;
-    let next = std::iter::repeat_with(|| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (state >> 33) as u8
-    });
-    next.take(size).collect()
-}
-
-fn errno(outcome: io::Result<()>) -> Option<i32> {
-    outcome.err().and_then(|error| error.raw_os_error())
+/// Writes a file; what its close says.
+fn write(path: PathBuf, bytes: &[u8]) -> i32 {
+    let mut file = fs::File::create(path).unwrap();
+    file.write_all(bytes).unwrap();
+    close(file)
 }
 
 #[test]
@@ -55,8 +48,8 @@ fn files_larger_than_memory_are_one_body_and_come_back() {
     let lab = lab(Behaviour::default());
     let mount = mount(&lab);
     let content = noise(90 * MIB);
-    fs::write(mount.at("large"), &content).unwrap();
-    fs::write(mount.at("small"), b"small").unwrap();
+    assert_eq!(write(mount.at("large"), &content), 0);
+    assert_eq!(write(mount.at("small"), b"small"), 0);
     assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
     assert_eq!(lab.tracking.artifacts().seen("PUT").len(), 2);
     assert!(fs::read(mount.at("large")).unwrap() == content);
@@ -112,8 +105,7 @@ fn a_body_that_breaks_off_is_gone_on_with() {
     let mount = mount(&lab);
     assert!(fs::read(mount.at("model")).unwrap() == content);
     // What cannot be sent in one is told, and nothing of it is seen.
-    let outcome = fs::write(mount.at("lost"), noise(20 * MIB));
-    assert_eq!(errno(outcome), Some(libc::EIO));
+    assert_eq!(write(mount.at("lost"), &noise(20 * MIB)), libc::EIO);
     assert!(lab.tracking.artifacts().get(&key("lost")).is_none());
     // It is kept, and stored when the way is good again.
     lab.tracking.artifacts().behave(Behaviour::default());
@@ -130,10 +122,9 @@ fn a_body_that_a_proxy_does_not_take_is_efbig_and_the_log_names_the_setting() {
         ..Behaviour::default()
     });
     let mount = mount(&lab);
-    fs::write(mount.at("small"), noise(MIB / 2)).unwrap();
+    assert_eq!(write(mount.at("small"), &noise(MIB / 2)), 0);
     for size in [2 * MIB, 12 * MIB] {
-        let outcome = fs::write(mount.at("large"), noise(size));
-        assert_eq!(errno(outcome), Some(libc::EFBIG));
+        assert_eq!(write(mount.at("large"), &noise(size)), libc::EFBIG);
     }
     lab.expect_log("client_max_body_size");
     assert!(lab.tracking.artifacts().get(&key("large")).is_none());
@@ -147,15 +138,15 @@ fn what_is_stored_is_stored_whatever_a_proxy_answers() {
     });
     let mount = mount(&lab);
     let content = noise(12 * MIB);
-    fs::write(mount.at("long"), &content).unwrap();
-    fs::write(mount.at("short"), b"short").unwrap();
+    assert_eq!(write(mount.at("long"), &content), 0);
+    assert_eq!(write(mount.at("short"), b"short"), 0);
     assert_eq!(lab.tracking.artifacts().seen("PUT").len(), 2);
     // Another of the same size is no proof.
     lab.tracking.artifacts().behave(Behaviour {
         instead_of_storing: [504].into(),
         ..Behaviour::default()
     });
-    fs::write(mount.at("short"), b"other").unwrap();
+    assert_eq!(write(mount.at("short"), b"other"), 0);
     assert_eq!(
         lab.tracking.artifacts().get(&key("short")).unwrap(),
         "other"
@@ -204,8 +195,10 @@ fn the_store_behind_the_server_is_read_where_it_can_be_reached() {
         .add_run(RUN, &format!("mlflow-artifacts:/{PREFIX}"));
     let artifacts = lab.tracking.artifacts();
     let content = noise(20 * MIB);
-    artifacts.put(&key("model"), content.clone());
-    lab.put("model", content.clone());
+    for name in ["model", "another"] {
+        artifacts.put(&key(name), content.clone());
+        lab.put(name, content.clone());
+    }
     artifacts.behave(Behaviour {
         wholes_only: true,
         presigned: Some(format!("{}/{}", lab.s3.endpoint(), harness::BUCKET)),
@@ -225,10 +218,24 @@ fn the_store_behind_the_server_is_read_where_it_can_be_reached() {
         presigned: Some("http://127.0.0.1:9/bucket".to_owned()),
         ..Behaviour::default()
     });
-    artifacts.put(&key("another"), content.clone());
     assert!(fs::read(mount.at("another")).unwrap() == content);
     assert_eq!(bodies(&lab), 1);
     lab.expect_log("cannot be reached from here");
+}
+
+#[test]
+fn a_name_that_the_server_would_take_for_another_is_refused_at_once() {
+    let lab = lab(Behaviour::default());
+    let mount = mount(&lab);
+    assert_eq!(write(mount.at("100%"), b"fine"), 0);
+    for name in ["a#b", "100%41", "back\\slash"] {
+        assert_eq!(errno(fs::File::create(mount.at(name))), libc::EINVAL);
+        assert_eq!(errno(fs::create_dir(mount.at(name))), libc::EINVAL);
+        let renamed = fs::rename(mount.at("100%"), mount.at(name));
+        assert_eq!(errno(renamed), libc::EINVAL);
+        assert!(!mount.at(name).exists());
+    }
+    assert_eq!(fs::read(mount.at("100%")).unwrap(), b"fine");
 }
 
 #[test]
@@ -236,6 +243,6 @@ fn without_a_server_proxied_artifacts_say_what_to_set() {
     let lab = Lab::new();
     lab.tracking.add_run(RUN, "http://127.0.0.1:9/files");
     let mount = lab.mount();
-    let error = fs::read_dir(mount.path.join(RUN)).map(drop);
-    assert_eq!(errno(error), Some(libc::EOPNOTSUPP));
+    let listed = fs::read_dir(mount.path.join(RUN)).and_then(|mut names| names.next().transpose());
+    assert_eq!(errno(listed), libc::EOPNOTSUPP);
 }

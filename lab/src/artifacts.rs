@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body, Frame, Incoming};
 use hyper::header::{AUTHORIZATION, CONTENT_RANGE, ETAG, RANGE};
 use hyper::{Method, Request, Response};
 use parking_lot::Mutex;
@@ -202,16 +202,17 @@ impl Artifacts {
         mut body: Incoming,
         behaviour: &Behaviour,
     ) -> io::Result<Answer> {
+        let told_size = body.size_hint().exact().unwrap_or(0);
+        if behaviour
+            .largest_body
+            .is_some_and(|most| told_size > most as u64)
+        {
+            return Ok(told(413, &json!("Request Entity Too Large")));
+        }
         let mut bytes = Vec::new();
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(io::Error::other)?;
             bytes.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
-            if behaviour
-                .largest_body
-                .is_some_and(|most| bytes.len() > most)
-            {
-                return Ok(told(413, &json!("Request Entity Too Large")));
-            }
             if behaviour
                 .breaks_after
                 .is_some_and(|most| bytes.len() > most)

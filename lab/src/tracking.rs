@@ -128,6 +128,9 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
     if path == "/api/3.0/mlflow/server-info" {
         return Ok(told(200, &json!({"multipart_downloads_enabled": true})));
     }
+    if path == "/version" {
+        return Ok(told(200, &json!(3.17)));
+    }
     if path.starts_with(ROUTES) {
         return state.artifacts.handle(request).await;
     }

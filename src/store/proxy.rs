@@ -12,6 +12,7 @@ mod read;
 mod upload;
 mod whole;
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -224,6 +225,10 @@ impl Store for ProxyStore {
         }
     }
 
+    fn accepts(&self, key: &str) -> StoreResult<()> {
+        check_name(&self.object(key), key)
+    }
+
     async fn list(
         &self,
         prefix: &str,
@@ -324,6 +329,14 @@ impl Store for ProxyStore {
 
     /// Through this machine: the server copies nothing by itself.
     async fn copy(&self, source: &ObjectMeta, target: &str) -> StoreResult<Stored> {
+        if target.ends_with('/') {
+            // A directory is there as soon as something is in it.
+            return Ok(Stored {
+                etag: None,
+                size: 0,
+                modified: None,
+            });
+        }
         self.check(target, &Condition::Always).await?;
         let body = Copied {
             reading: Arc::clone(&self.reading),
@@ -336,6 +349,9 @@ impl Store for ProxyStore {
     }
 
     async fn delete(&self, keys: &[String]) -> StoreResult<()> {
+        let mut keys: Vec<&String> = keys.iter().collect();
+        // Directories when nothing is in them any more: the innermost first, after all files.
+        keys.sort_by_key(|key| (key.ends_with('/'), Reverse(key.len())));
         for key in keys {
             self.metrics.count(Request::Delete);
             self.remove(key).await?;
@@ -350,25 +366,35 @@ impl ProxyStore {
     async fn remove(&self, key: &str) -> StoreResult<()> {
         let object = self.object(key);
         check_name(&object, key)?;
-        let path = key.trim_end_matches('/');
-        if key.ends_with('/') {
-            let below = listing::page(&self.access, &object, key, true, PageStart::First, Some(2));
-            let below = below.await?;
-            let is_empty =
-                below.prefixes.is_empty() && below.objects.iter().all(|it| it.key == key);
-            if !is_empty {
-                return Ok(());
+        let is_there = match key.strip_suffix('/') {
+            Some(_) => listing::is_empty_directory(&self.access, &object, key).await?,
+            None => {
+                let siblings = listing::beginning_with(&self.access, &object, key).await?;
+                let others = siblings.iter().any(|sibling| sibling != key);
+                if others && !self.reading.deletes_exactly().await {
+                    return Err(StoreError::Unsupported {
+                        object: object.to_string(),
+                        detail: format!(
+                            "this MLflow server may remove all names that begin so ({}); servers \
+                             from 3.17 on do not",
+                            siblings.join(", ")
+                        ),
+                    });
+                }
+                siblings.iter().any(|sibling| sibling == key)
             }
-        } else if listing::find(&self.access, &object, key).await?.is_none() {
+        };
+        if !is_there {
             return Ok(());
         }
-        let url = self.access.address.object(path);
+        let url = self.access.address.object(key.trim_end_matches('/'));
         let patience = self.access.patience;
         let removed = self
             .access
             .send(&object, patience, |client| client.delete(&url));
+        let removed = removed.await;
         self.reading.wholes.forget(key);
-        match removed.await {
+        match removed {
             Err(failed) if failed.is(404) => Ok(()),
             outcome => Ok(outcome.map(|_| ())?),
         }

@@ -1,11 +1,12 @@
 //! Which store keys can be paths, and which names can be keys.
 
 use std::ffi::OsStr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::directory::{Entry, FileInfo, Name};
 use super::error::{VfsError, VfsResult};
-use crate::store::ObjectMeta;
+use crate::store::{ObjectMeta, Store};
 
 /// The longest name, bytes (Linux's NAME_MAX).
 pub const LONGEST_NAME: usize = 255;
@@ -30,13 +31,12 @@ pub fn from_kernel(name: &OsStr) -> VfsResult<&str> {
     Ok(name)
 }
 
-/// Whether the store takes a key this long.
-pub fn check_key(key: &str) -> VfsResult<()> {
+/// Whether the store takes a key of this length, and this name.
+pub fn check_key(store: &Arc<dyn Store>, key: &str) -> VfsResult<()> {
     if key.len() > LONGEST_KEY {
-        Err(VfsError::NAME_TOO_LONG)
-    } else {
-        Ok(())
+        return Err(VfsError::NAME_TOO_LONG);
     }
+    Ok(store.accepts(key)?)
 }
 
 fn file_info(object: ObjectMeta) -> FileInfo {

@@ -69,7 +69,7 @@ impl Vfs {
         };
         let place = self.place(parent).await?;
         let target = place.target(&name);
-        names::check_key(&target.key)?;
+        names::check_key(&target.store, &target.key)?;
         Ok(target)
     }
 
@@ -210,7 +210,7 @@ impl Vfs {
         }
         let place = self.place(parent).await?;
         let target = place.target(text);
-        names::check_key(&target.key)?;
+        names::check_key(&target.store, &target.key)?;
         let file = File::new(None);
         let now = SystemTime::now();
         {

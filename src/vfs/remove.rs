@@ -25,7 +25,7 @@ impl Vfs {
             Err(error) => return Err(error),
         }
         let place = self.place(parent).await?;
-        names::check_key(&place.key(name))?;
+        names::check_key(&place.location.store, &place.key(name))?;
         let mut tree = self.tree.lock();
         if tree.child(parent, name).is_some() {
             return Err(VfsError::EXISTS);

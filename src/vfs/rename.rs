@@ -78,7 +78,7 @@ impl Vfs {
         if !Arc::ptr_eq(&from.place.location.store, &to.place.location.store) {
             return Err(VfsError::OTHER_STORE);
         }
-        names::check_key(&to.key())?;
+        names::check_key(&to.place.location.store, &to.key())?;
         let (inode, _) = self.resolve(parent, name).await?;
         let replaced = match self.resolve(to_parent, to_name).await {
             Ok((other, _)) => Some(other),

@@ -1,16 +1,12 @@
 """MLflow servers of one's own, and mounts of them."""
 
-import http.client
-import http.server
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.parse
 import urllib.request
 
 CLIENT = """
@@ -26,51 +22,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-class Inside(http.server.BaseHTTPRequestHandler):
-    """The way to S3 for those who are told of it, under a name that nobody else knows."""
-
-    ENDPOINT = "http://s3.inside"
-    protocol_version = "HTTP/1.1"
-
-    def forward(self):
-        path = self.path.removeprefix(self.ENDPOINT)
-        length = int(self.headers.get("Content-Length", 0))
-        store = http.client.HTTPConnection(urllib.parse.urlsplit(os.environ["S3_ENDPOINT"]).netloc)
-        store.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            if name.lower() not in ("expect", "proxy-connection"):
-                store.putheader(name, value)
-        store.endheaders(self.rfile.read(length))
-        answer = store.getresponse()
-        body = answer.read()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                self.send_header(name, value)
-        head = self.command == "HEAD"
-        self.send_header("Content-Length", answer.getheader("Content-Length", "0") if head
-                         else str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        store.close()
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward
-
-    def log_message(self, *_):
-        pass
-
-    @classmethod
-    def start(cls):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cls)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server
-
-
 class Server:
     """A server, started so, a run of it, and a mount."""
 
-    def __init__(self, folder, *how, **more):
+    def __init__(self, folder, *how):
         self.folder = folder
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
@@ -80,7 +35,7 @@ class Server:
             [program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
              "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *how],
             cwd=folder, stdout=self.log, stderr=self.log, start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **more})
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
         deadline = time.monotonic() + 120
         while True:
             try:

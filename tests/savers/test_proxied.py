@@ -1,5 +1,4 @@
-"""Runs whose artifacts an MLflow server proxies: from a directory of its own, from S3, and from an S3
-that only the server can reach."""
+"""Runs whose artifacts an MLflow server proxies: from a directory of its own, and from S3."""
 
 import errno
 import hashlib
@@ -10,29 +9,22 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from servers import Inside, Server
+from servers import Server
 
 MIB = 1 << 20
 # So little that a model does not fit.
 SMALL = ("--memory", "64MiB", "--part-size", "5MiB", "--close-timeout", "30s")
 
 
-@pytest.fixture(scope="module", params=["directory", "s3", "s3 inside"])
+@pytest.fixture(scope="module", params=["directory", "s3"])
 def proxied(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("proxied")
-    destination, more = f"s3://mlflow/{folder.name}", {}
-    if request.param == "directory":
-        destination = str(folder / "artifacts")
-    inside = Inside.start()
-    if request.param == "s3 inside":
-        more = {"MLFLOW_S3_ENDPOINT_URL": Inside.ENDPOINT,
-                "HTTP_PROXY": f"http://127.0.0.1:{inside.server_port}", "NO_PROXY": "127.0.0.1"}
-    proxied = Server(folder, "--artifacts-destination", destination, **more)
+    destination = {"directory": str(folder / "artifacts"), "s3": f"s3://mlflow/{folder.name}"}
+    proxied = Server(folder, "--artifacts-destination", destination[request.param])
     proxied.kind = request.param
     proxied.mount(*SMALL)
     yield proxied
     proxied.stop()
-    inside.shutdown()
 
 
 def digest(path):
@@ -73,19 +65,10 @@ def test_what_mlflow_logs_is_there_and_one_tensor_of_it_costs_what_it_must(proxi
     before = proxied.bodies()
     with safe_open(proxied.run / "logged" / "logged.safetensors", "np") as file:
         assert (file.get_tensor("layer5") == 5).all()
-    size, told = logged.stat().st_size, proxied.store()
-    asked = proxied.bodies() - before
-    if proxied.kind == "s3 inside":
-        # The server can send nothing but all of it, and is asked for that once.
-        assert size <= told["bytes_in"] < size + MIB, told
-        with safe_open(proxied.run / "logged" / "logged.safetensors", "np") as file:
-            assert (file.get_tensor("layer1") == 1).all()
-        assert proxied.bodies() - before == asked == 1
-        assert "cannot be reached from here" in (proxied.folder / "log").read_text()
-    else:
-        assert told["bytes_in"] < 17 * MIB, told
-        # S3 sends them itself.
-        assert (asked > 0) == (proxied.kind == "directory")
+    told = proxied.store()
+    assert told["bytes_in"] < 17 * MIB, told
+    # S3 sends them itself.
+    assert (proxied.bodies() > before) == (proxied.kind == "directory")
 
 
 def test_names_move_go_and_come_back(proxied):
@@ -105,8 +88,13 @@ def test_names_move_go_and_come_back(proxied):
     (proxied.run / "moved" / "second").unlink()
     (proxied.run / "moved").rmdir()
     proxied.cold(*SMALL)
-    assert not (proxied.run / "moved").exists()
-    assert not (proxied.run / "names").exists()
+    for name in ["moved", "names"]:
+        # SeaweedFS goes on listing directories that have nothing in them, and the server has no way
+        # to remove those.
+        if proxied.kind == "directory":
+            assert not (proxied.run / name).exists()
+        elif (proxied.run / name).exists():
+            assert os.listdir(proxied.run / name) == []
     # What the server would take for another name.
     for name in ["a#b", "100%41"]:
         with pytest.raises(OSError) as caught:

@@ -101,6 +101,12 @@ impl Address {
         Some(format!("{server}/api/3.0/mlflow/server-info"))
     }
 
+    /// Which version it is.
+    pub fn version(&self) -> Option<String> {
+        let server = self.base.strip_suffix(ROUTES)?;
+        Some(format!("{server}/version"))
+    }
+
     /// The name of the store: an artifact URI of its root.
     pub fn name(&self) -> String {
         self.listing()

@@ -95,42 +95,61 @@ pub(super) async fn page(
     let (path, _) = prefix.rsplit_once('/').unwrap_or_default();
     let mut found = directory(access, object, path).await?;
     found.retain(|entry| entry.key.starts_with(prefix));
-    if found.is_empty() && prefix.ends_with('/') && is_directory(access, object, path).await? {
+    let itself = |key: &str| Entry {
+        key: key.to_owned(),
+        size: 0,
+    };
+    if found.is_empty() && is_empty_directory(access, object, prefix).await? {
         // It stands for itself, as the empty objects do that stores' consoles make.
-        let key = prefix.to_owned();
-        found.push(Entry { key, size: 0 });
-        return Ok(cut(found, false, start, maximum));
+        return Ok(cut(vec![itself(prefix)], false, start, maximum));
     }
-    if !delimited {
+    if !delimited && !found.is_empty() {
         let mut below: VecDeque<String> = VecDeque::new();
-        let mut files = Vec::new();
+        let mut all = Vec::new();
+        if prefix.ends_with('/') {
+            all.push(itself(prefix));
+        }
         loop {
-            for entry in found.drain(..) {
-                match entry.key.strip_suffix('/') {
-                    Some(path) => below.push_back(path.to_owned()),
-                    None => files.push(entry),
-                }
-            }
+            let directories = found.iter().filter_map(|it| it.key.strip_suffix('/'));
+            below.extend(directories.map(str::to_owned));
+            all.append(&mut found);
             let Some(path) = below.pop_front() else {
                 break;
             };
             found = directory(access, object, &path).await?;
         }
-        found = files;
+        found = all;
     }
     Ok(cut(found, delimited, start, maximum))
 }
 
-async fn is_directory(access: &Access, object: &str, path: &str) -> StoreResult<bool> {
-    if path.is_empty() {
+/// Whether a key, which ends in a slash then, is a directory with nothing in it.
+pub(super) async fn is_empty_directory(
+    access: &Access,
+    object: &str,
+    key: &str,
+) -> StoreResult<bool> {
+    let Some(path) = key.strip_suffix('/').filter(|path| !path.is_empty()) else {
+        return Ok(false);
+    };
+    if !directory(access, object, path).await?.is_empty() {
         return Ok(false);
     }
     let (parent, _) = path.rsplit_once('/').unwrap_or_default();
     let siblings = directory(access, object, parent).await?;
-    let mut keys = siblings
-        .iter()
-        .filter_map(|entry| entry.key.strip_suffix('/'));
-    Ok(keys.any(|key| key == path))
+    Ok(siblings.iter().any(|entry| entry.key == key))
+}
+
+/// The keys in a directory that begin so.
+pub(super) async fn beginning_with(
+    access: &Access,
+    object: &str,
+    key: &str,
+) -> StoreResult<Vec<String>> {
+    let (path, _) = key.rsplit_once('/').unwrap_or_default();
+    let entries = directory(access, object, path).await?;
+    let keys = entries.into_iter().map(|entry| entry.key);
+    Ok(keys.filter(|other| other.starts_with(key)).collect())
 }
 
 fn cut(

@@ -26,6 +26,8 @@ use crate::store::{ETag, RangeBody, StoreError, StoreResult};
 const PRESIGNED_FOR: Duration = Duration::from_secs(240);
 /// Some servers fetch all of an object before they send its first byte.
 const WHOLE_ANSWER: Duration = Duration::from_secs(600);
+/// The first version that is known to.
+const DELETES_EXACTLY: (u32, u32) = (3, 17);
 /// How often a body that breaks off is asked for again without any byte of it having come.
 const RESUMPTIONS: u32 = 4;
 
@@ -52,6 +54,8 @@ pub(super) struct Reading {
     access: Access,
     metrics: Arc<StoreMetrics>,
     info: OnceCell<ServerInfo>,
+    /// Whether removing a name removes no other.
+    deletes_exactly: OnceCell<bool>,
     /// The store behind the server cannot be reached, or gives no addresses.
     refuses_presigned: AtomicBool,
     presigned: Mutex<HashMap<String, Presigned>>,
@@ -72,6 +76,7 @@ impl Reading {
             access,
             metrics,
             info: OnceCell::new(),
+            deletes_exactly: OnceCell::new(),
             refuses_presigned: AtomicBool::new(false),
             presigned: Mutex::default(),
             sends_wholes: AtomicBool::new(false),
@@ -194,6 +199,22 @@ impl Reading {
         };
         *self
             .info
+            .get_or_init(|| async { ask().await.unwrap_or_default() })
+            .await
+    }
+
+    /// Whether the server removes just what it is told to. Servers before that version may remove
+    /// all that begins so.
+    pub async fn deletes_exactly(&self) -> bool {
+        let ask = async || {
+            let url = self.access.address.version()?;
+            let build = |client: &Client| client.get(&url);
+            let answer = self.access.send(&url, self.access.patience, build).await;
+            let text = timeout(self.access.patience, answer.ok()?.text()).await;
+            is_exact(&text.ok()?.ok()?)
+        };
+        *self
+            .deletes_exactly
             .get_or_init(|| async { ask().await.unwrap_or_default() })
             .await
     }
@@ -421,6 +442,13 @@ impl Ranged {
     }
 }
 
+/// Whether MLflow of this version removes just what it is told to.
+fn is_exact(version: &str) -> Option<bool> {
+    let mut numbers = version.trim().split('.').map(str::parse::<u32>);
+    let (major, minor) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+    Some((major, minor) >= DELETES_EXACTLY)
+}
+
 /// The bytes and the size that `Content-Range` tells of.
 fn content_range(text: &str) -> Option<(Range<u64>, u64)> {
     let (range, size) = text.strip_prefix("bytes ")?.split_once('/')?;
@@ -445,7 +473,16 @@ fn beyond(object: &str, at: u64, size: u64) -> StoreError {
 
 #[cfg(test)]
 mod tests {
-    use super::content_range;
+    use super::{content_range, is_exact};
+
+    #[test]
+    fn versions_before_the_first_that_is_known_to_remove_exactly_may_not() {
+        assert_eq!(is_exact("3.17.2\n"), Some(true));
+        assert_eq!(is_exact("4.0.0rc1"), Some(true));
+        assert_eq!(is_exact("3.9.0"), Some(false));
+        assert_eq!(is_exact("2.22.1"), Some(false));
+        assert_eq!(is_exact("<html>"), None);
+    }
 
     #[test]
     fn a_content_range_is_taken_only_whole() {

@@ -9,7 +9,7 @@ use futures_util::{TryStreamExt, stream};
 use parking_lot::Mutex;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use reqwest::{Body, Client, RequestBuilder, Response};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::access::{Access, Failed};
 use super::listing;
@@ -24,6 +24,9 @@ const ATTEMPTS: u32 = 3;
 const FRAME: usize = 256 << 10;
 /// A server may have to bring all of a body to where it keeps it before it answers.
 const ANSWER: Duration = Duration::from_secs(600);
+/// A body that broke off is held back for so long when it is sent again: a proxy that refuses it by its
+/// size says so at once, and may break the connection before anybody has read that.
+const HELD_BACK: Duration = Duration::from_millis(500);
 /// How often a body that is on its way is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -59,7 +62,12 @@ impl Upload<'_> {
         let mut attempt = 1;
         loop {
             let sending = Arc::<Sending>::default();
-            let outcome = self.send(key, object, body, &sending).await;
+            let held_back = if attempt == 1 {
+                Duration::ZERO
+            } else {
+                HELD_BACK
+            };
+            let outcome = self.send(key, object, body, &sending, held_back).await;
             self.reading.wholes.forget(key);
             if let Some(error) = sending.broken.lock().take() {
                 return Err(error);
@@ -87,6 +95,7 @@ impl Upload<'_> {
         object: &Arc<str>,
         body: &Arc<dyn LongBody>,
         sending: &Arc<Sending>,
+        held_back: Duration,
     ) -> Result<Response, Failed> {
         let url = self.access.address.object(key);
         let kind = mime_guess::from_path(key).first_or_octet_stream();
@@ -96,7 +105,7 @@ impl Upload<'_> {
                 .put(&url)
                 .header(CONTENT_LENGTH, size)
                 .header(CONTENT_TYPE, kind.as_ref())
-                .body(self.body(body, sending))
+                .body(self.body(body, sending, held_back))
         };
         let sent = self.access.attempt(object, Duration::MAX, build);
         tokio::pin!(sent);
@@ -120,10 +129,15 @@ impl Upload<'_> {
         }
     }
 
-    fn body(&self, body: &Arc<dyn LongBody>, sending: &Arc<Sending>) -> Body {
+    fn body(&self, body: &Arc<dyn LongBody>, sending: &Arc<Sending>, held_back: Duration) -> Body {
         let (sending, failing) = (Arc::clone(sending), Arc::clone(sending));
         let metrics = Arc::clone(self.metrics);
-        let frames = body.frames().map_ok(|mut bytes| {
+        let frames = body.frames();
+        let frames = async move {
+            sleep(held_back).await;
+            StoreResult::Ok(frames)
+        };
+        let frames = stream::once(frames).try_flatten().map_ok(|mut bytes| {
             let slices = std::iter::from_fn(move || {
                 let length = bytes.len().min(FRAME);
                 (length > 0).then(|| Ok(bytes.split_to(length)))
