@@ -392,7 +392,11 @@ async fn a_long_body_is_an_object_or_nothing(place: &Place) {
     let meta = place.store().head(&key).await.unwrap();
     let copy = place.key("new/place");
     place.store().copy(&meta, &copy).await.unwrap();
-    place.store().delete(&[key.clone()]).await.unwrap();
+    place
+        .store()
+        .delete(std::slice::from_ref(&key))
+        .await
+        .unwrap();
     assert!(place.store().find(&key).await.unwrap().is_none());
     assert!(place.read("new/place", 0, u64::MAX >> 1).await.unwrap() == content);
 }
