@@ -105,13 +105,17 @@ fn a_body_that_breaks_off_is_gone_on_with() {
     let mount = mount(&lab);
     assert!(fs::read(mount.at("model")).unwrap() == content);
     // What cannot be sent in one is told, and nothing of it is seen.
+    lab.tracking.artifacts().put(&key("lost"), &b"before"[..]);
     assert_eq!(write(mount.at("lost"), &noise(20 * MIB)), libc::EIO);
-    assert!(lab.tracking.artifacts().get(&key("lost")).is_none());
+    assert_eq!(
+        lab.tracking.artifacts().get(&key("lost")).unwrap(),
+        "before"
+    );
     // It is kept, and stored when the way is good again.
     lab.tracking.artifacts().behave(Behaviour::default());
     mount.uploads(&["retry"]);
     harness::wait_until("the file", || {
-        lab.tracking.artifacts().get(&key("lost")).is_some()
+        lab.tracking.artifacts().get(&key("lost")).unwrap().len() == 20 * MIB
     });
 }
 
@@ -236,6 +240,39 @@ fn a_name_that_the_server_would_take_for_another_is_refused_at_once() {
         assert!(!mount.at(name).exists());
     }
     assert_eq!(fs::read(mount.at("100%")).unwrap(), b"fine");
+}
+
+#[test]
+fn a_body_has_no_length_where_half_of_it_would_be_taken_for_all() {
+    let lab = lab(Behaviour {
+        server: Some("gunicorn"),
+        ..Behaviour::default()
+    });
+    let mount = mount(&lab);
+    let content = noise(12 * MIB);
+    assert_eq!(write(mount.at("large"), &content), 0);
+    assert_eq!(write(mount.at("small"), b"small"), 0);
+    assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
+    let put = lab.tracking.artifacts().seen("PUT");
+    assert!(put.len() == 2 && put.iter().all(|seen| seen.length.is_none()));
+}
+
+#[test]
+fn a_server_that_removes_more_than_it_is_told_to_is_not_told_to() {
+    let lab = lab(Behaviour {
+        version: Some("3.1.0"),
+        ..Behaviour::default()
+    });
+    for name in ["model", "model.bin", "alone"] {
+        lab.tracking.artifacts().put(&key(name), &b"x"[..]);
+    }
+    let mount = mount(&lab);
+    assert_eq!(errno(fs::remove_file(mount.at("model"))), libc::EOPNOTSUPP);
+    lab.expect_log("model.bin");
+    fs::remove_file(mount.at("alone")).unwrap();
+    fs::remove_file(mount.at("model.bin")).unwrap();
+    fs::remove_file(mount.at("model")).unwrap();
+    assert_eq!(fs::read_dir(mount.at("")).unwrap().count(), 0);
 }
 
 #[test]

@@ -9,7 +9,9 @@ use futures_util::stream;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Body, Frame, Incoming};
-use hyper::header::{AUTHORIZATION, CONTENT_RANGE, ETAG, RANGE};
+use hyper::header::{
+    AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderValue, RANGE, SERVER,
+};
 use hyper::{Method, Request, Response};
 use parking_lot::Mutex;
 use percent_encoding::percent_decode_str;
@@ -35,6 +37,10 @@ pub struct Behaviour {
     pub after_storing: VecDeque<u16>,
     /// Answers to the next PUTs, which are not stored.
     pub instead_of_storing: VecDeque<u16>,
+    /// What it calls itself in the header `Server`.
+    pub server: Option<&'static str>,
+    /// Its version; 3.17 if not told. It removes all names that begin so before that.
+    pub version: Option<&'static str>,
     /// Where the store behind the server is: objects are asked for there, by their paths.
     pub presigned: Option<String>,
 }
@@ -47,6 +53,8 @@ pub struct Seen {
     pub path: String,
     pub range: Option<String>,
     pub authorization: Option<String>,
+    /// `Content-Length`.
+    pub length: Option<String>,
 }
 
 /// The routes and what they keep.
@@ -77,8 +85,21 @@ impl Artifacts {
         seen.cloned().collect()
     }
 
+    pub fn version(&self) -> &'static str {
+        self.behaviour.lock().version.unwrap_or("3.17.2")
+    }
+
     /// Answers a request; an error breaks the connection.
     pub async fn handle(&self, request: Request<Incoming>) -> io::Result<Answer> {
+        let server = self.behaviour.lock().server.map(HeaderValue::from_static);
+        let mut answer = self.answer(request).await?;
+        if let Some(server) = server {
+            answer.headers_mut().insert(SERVER, server);
+        }
+        Ok(answer)
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> io::Result<Answer> {
         let (parts, body) = request.into_parts();
         let path = parts.uri.path().trim_start_matches(ROUTES);
         let path = percent_decode_str(path).decode_utf8_lossy().into_owned();
@@ -88,6 +109,7 @@ impl Artifacts {
             path: path.clone(),
             range: header(RANGE).map(str::to_owned),
             authorization: header(AUTHORIZATION).map(str::to_owned),
+            length: header(CONTENT_LENGTH).map(str::to_owned),
         });
         let behaviour = self.behaviour.lock().clone();
         if path == "artifacts" {
@@ -110,8 +132,11 @@ impl Artifacts {
             Method::PUT => self.store(key, body, &behaviour).await,
             Method::DELETE => {
                 let below = format!("{key}/");
+                let all = behaviour.version.is_some();
                 let mut objects = self.objects.lock();
-                objects.retain(|other, _| other != key && !other.starts_with(&below));
+                objects.retain(|other, _| {
+                    other != key && !other.starts_with(&below) && !(all && other.starts_with(key))
+                });
                 Ok(told(200, &json!({})))
             }
             _ => Ok(told(405, &json!({"detail": "Method Not Allowed"}))),

@@ -129,7 +129,7 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
         return Ok(told(200, &json!({"multipart_downloads_enabled": true})));
     }
     if path == "/version" {
-        return Ok(told(200, &json!(3.17)));
+        return Ok(told(200, &json!(state.artifacts.version())));
     }
     if path.starts_with(ROUTES) {
         return state.artifacts.handle(request).await;

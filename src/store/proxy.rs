@@ -265,6 +265,7 @@ impl Store for ProxyStore {
     ) -> StoreResult<RangeBody> {
         self.metrics.count(Request::Get);
         let object = self.object(key);
+        check_name(&object, key)?;
         self.reading.get(key, &object, range, version).await
     }
 
@@ -338,6 +339,14 @@ impl Store for ProxyStore {
             });
         }
         self.check(target, &Condition::Always).await?;
+        check_name(&self.object(&source.key), &source.key)?;
+        if source.size > 0 {
+            // Before anything is sent: the server may need long to find the first byte.
+            let (object, version) = (self.object(&source.key), source.etag.as_ref());
+            self.reading
+                .get(&source.key, &object, 0..1, version)
+                .await?;
+        }
         let body = Copied {
             reading: Arc::clone(&self.reading),
             key: source.key.clone(),
@@ -366,28 +375,27 @@ impl ProxyStore {
     async fn remove(&self, key: &str) -> StoreResult<()> {
         let object = self.object(key);
         check_name(&object, key)?;
-        let is_there = match key.strip_suffix('/') {
-            Some(_) => listing::is_empty_directory(&self.access, &object, key).await?,
-            None => {
-                let siblings = listing::beginning_with(&self.access, &object, key).await?;
-                let others = siblings.iter().any(|sibling| sibling != key);
-                if others && !self.reading.deletes_exactly().await {
-                    return Err(StoreError::Unsupported {
-                        object: object.to_string(),
-                        detail: format!(
-                            "this MLflow server may remove all names that begin so ({}); servers \
-                             from 3.17 on do not",
-                            siblings.join(", ")
-                        ),
-                    });
-                }
-                siblings.iter().any(|sibling| sibling == key)
-            }
+        let path = key.trim_end_matches('/');
+        let siblings = listing::beginning_with(&self.access, &object, path).await?;
+        let is_there = match key == path {
+            true => siblings.iter().any(|sibling| sibling == key),
+            false => listing::is_empty_directory(&self.access, &object, key).await?,
         };
+        let others = siblings.iter().any(|sibling| sibling != key);
+        if is_there && others && !self.reading.deletes_exactly().await {
+            return Err(StoreError::Unsupported {
+                object: object.to_string(),
+                detail: format!(
+                    "this MLflow server may remove all names that begin so ({}); servers from 3.17 \
+                     on do not",
+                    siblings.join(", ")
+                ),
+            });
+        }
         if !is_there {
             return Ok(());
         }
-        let url = self.access.address.object(key.trim_end_matches('/'));
+        let url = self.access.address.object(path);
         let patience = self.access.patience;
         let removed = self
             .access

@@ -188,7 +188,7 @@ impl Vfs {
         }
         match leftover.resume(&self.writer, &store).await {
             Ok(draft) => {
-                draft.replace_only(standing.and_then(|meta| meta.etag));
+                draft.replace_only(standing);
                 Ok(Some(draft))
             }
             Err((leftover, error)) => Err((leftover, error.to_string().into())),
@@ -204,7 +204,7 @@ impl Vfs {
         } else if let Some(draft) = self.uploads.take_word(id) {
             let target = draft.target();
             match target.store.find(&target.key).await {
-                Ok(standing) => draft.replace_only(standing.and_then(|meta| meta.etag)),
+                Ok(standing) => draft.replace_only(standing),
                 // Then the former condition holds.
                 Err(error) => tracing::debug!(id, %error, "not looked at"),
             }

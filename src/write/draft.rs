@@ -17,7 +17,7 @@ use super::journal::{self, Record, now};
 use super::state::{State, Step};
 use super::target::Target;
 use crate::read::{ObjectReader, Segments, Source};
-use crate::store::{Condition, ETag, StoreError};
+use crate::store::{Condition, ObjectMeta, StoreError};
 
 /// A file that is being written.
 #[derive(Debug)]
@@ -431,9 +431,14 @@ impl Draft {
         base.repoint(to);
     }
 
-    /// Only what stands under its name now may be replaced by it: `None` for nothing.
-    pub fn replace_only(&self, standing: Option<ETag>) {
-        let guard = standing.map_or(Condition::IfAbsent, Condition::IfMatch);
+    /// Only what stands under its name now may be replaced by it: `None` for nothing. What has no
+    /// version cannot be told from what comes to stand there.
+    pub fn replace_only(&self, standing: Option<ObjectMeta>) {
+        let guard = match standing.map(|standing| standing.etag) {
+            None => Condition::IfAbsent,
+            Some(Some(etag)) => Condition::IfMatch(etag),
+            Some(None) => Condition::Always,
+        };
         self.state.lock().guard = Some(guard);
     }
 

@@ -255,7 +255,7 @@ impl Draft {
 
     /// Writes down what the object will be, so that it is recognised if this process ends before
     /// it knows that it is stored.
-    fn note_completing(&self, size: u64, etag: Option<String>, crc32c: Option<u32>) {
+    pub(super) fn note_completing(&self, size: u64, etag: Option<String>, crc32c: Option<u32>) {
         let mut state = self.state.lock();
         if state.recorded {
             state.note(&Record::Completing(Completing { size, etag, crc32c }));

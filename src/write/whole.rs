@@ -16,6 +16,7 @@ use super::publish::{Action, UNTOUCHED, Versions};
 use super::send::Outgoing;
 use super::target::Target;
 use crate::budget::Reservation;
+use crate::store::checksum::crc32c_update;
 use crate::store::{Condition, LongBody, StoreError, StoreResult, Stored};
 
 /// A chunk of the file as it is sent.
@@ -41,6 +42,8 @@ struct WholeFile {
     draft: Arc<Draft>,
     size: u64,
     pieces: Arc<[Piece]>,
+    /// Some of it comes from elsewhere than the chunks that the journal knows of.
+    mixed: bool,
     broken: Arc<Mutex<Option<Broken>>>,
 }
 
@@ -63,11 +66,17 @@ impl Draft {
         if self.has_later(&versions) {
             return Ok(None);
         }
+        // What it lies over is spent with the last byte: what it will be is written down before.
+        let mixed = pieces.iter().any(|piece| piece.version.is_none());
+        if mixed {
+            self.record_close().await;
+        }
         let broken = Arc::new(Mutex::new(None));
         let body = Arc::new(WholeFile {
             draft: Arc::clone(self),
             size,
             pieces: pieces.into(),
+            mixed,
             broken: Arc::clone(&broken),
         });
         // Side by side: of one request the store has all or nothing.
@@ -152,36 +161,49 @@ impl LongBody for WholeFile {
         let (draft, pieces) = (Arc::clone(&self.draft), Arc::clone(&self.pieces));
         let broken = Arc::clone(&self.broken);
         *broken.lock() = None;
+        let (mixed, size) = (self.mixed, self.size);
         // The memory of a piece is given back when the next one is asked for.
-        let first: (usize, Option<Reservation>) = (0, None);
-        Box::pin(stream::try_unfold(first, move |(at, reservation)| {
-            let (draft, pieces) = (Arc::clone(&draft), Arc::clone(&pieces));
-            let broken = Arc::clone(&broken);
-            async move {
-                drop(reservation);
-                let Some(piece) = pieces.get(at) else {
-                    return Ok(None);
-                };
-                let mut got = draft.piece(piece).await;
-                // With the last byte it counts.
-                if at + 1 == pieces.len() && got.is_ok() && !draft.is_as_it_was(&pieces) {
-                    got = Err(Broken::Changed);
-                }
-                match got {
-                    Ok((bytes, reservation)) => Ok(Some((bytes, (at + 1, reservation)))),
-                    Err(reason) => {
-                        let error = StoreError::Other {
-                            object: draft.target().object(),
-                            detail: match &reason {
-                                Broken::Changed => "written to while it was sent".to_owned(),
-                                Broken::Error(error) => error.to_string(),
-                            },
-                        };
-                        *broken.lock() = Some(reason);
-                        Err(error)
+        let first: (usize, u32, Option<Reservation>) = (0, 0, None);
+        Box::pin(stream::try_unfold(
+            first,
+            move |(at, crc32c, reservation)| {
+                let (draft, pieces) = (Arc::clone(&draft), Arc::clone(&pieces));
+                let broken = Arc::clone(&broken);
+                async move {
+                    drop(reservation);
+                    let Some(piece) = pieces.get(at) else {
+                        return Ok(None);
+                    };
+                    let mut got = draft.piece(piece).await;
+                    // With the last byte it counts.
+                    if at + 1 == pieces.len() && got.is_ok() && !draft.is_as_it_was(&pieces) {
+                        got = Err(Broken::Changed);
+                    }
+                    match got {
+                        Ok((bytes, reservation)) => {
+                            let crc32c = match mixed {
+                                true => crc32c_update(crc32c, &bytes),
+                                false => 0,
+                            };
+                            if mixed && at + 1 == pieces.len() {
+                                draft.note_completing(size, None, Some(crc32c));
+                            }
+                            Ok(Some((bytes, (at + 1, crc32c, reservation))))
+                        }
+                        Err(reason) => {
+                            let error = StoreError::Other {
+                                object: draft.target().object(),
+                                detail: match &reason {
+                                    Broken::Changed => "written to while it was sent".to_owned(),
+                                    Broken::Error(error) => error.to_string(),
+                                },
+                            };
+                            *broken.lock() = Some(reason);
+                            Err(error)
+                        }
                     }
                 }
-            }
-        }))
+            },
+        ))
     }
 }

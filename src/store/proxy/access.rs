@@ -1,11 +1,11 @@
 //! Requests to a server's artifact routes: who asks, how long, how often.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use reqwest::header::HeaderMap;
+use reqwest::header::{HeaderMap, SERVER};
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -16,6 +16,8 @@ use crate::store::{StoreError, StoreResult};
 
 /// How often a request is sent at most, the first time included.
 const ATTEMPTS: u32 = 5;
+/// As often, where each attempt takes as long as anybody waits.
+const SLOW_ATTEMPTS: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Bytes of a refusal that are read, and characters of it that are told.
@@ -47,6 +49,7 @@ pub(super) struct Access {
     stranger: Client,
     /// Longest wait for an answer that needs no work, and for the next bytes of one.
     pub patience: Duration,
+    takes_halves: Arc<OnceLock<bool>>,
 }
 
 /// An attempt that failed.
@@ -54,8 +57,8 @@ pub(super) struct Access {
 pub(super) struct Failed {
     pub error: StoreError,
     pub status: Option<StatusCode>,
-    /// Whether another attempt can help.
-    pub again: bool,
+    /// How many attempts can help, this one included.
+    pub most: u32,
     /// The pause that the server asks for.
     pub pause: Option<Duration>,
     /// No connection could be made.
@@ -75,6 +78,7 @@ impl Access {
             courier,
             stranger,
             patience,
+            takes_halves: Arc::default(),
         }
     }
 
@@ -104,7 +108,24 @@ impl Access {
             let authorised = courier.authorise(&mut request).await;
             authorised.map_err(Failed::last)?;
         }
-        answer(object, patience, client.execute(request)).await
+        let response = answer(object, patience, client.execute(request)).await?;
+        self.takes_halves.get_or_init(|| {
+            let server = response.headers().get(SERVER);
+            server.is_some_and(|name| name.as_bytes().starts_with(b"gunicorn"))
+        });
+        Ok(response)
+    }
+
+    /// Whether the server takes a body of a told length for whole when it breaks off. Seen of MLflow
+    /// under gunicorn: what came of it is the object then. One in chunks has an end of its own.
+    pub async fn takes_halves(&self, object: &str) -> Result<bool, Failed> {
+        if let Some(known) = self.takes_halves.get() {
+            return Ok(*known);
+        }
+        let url = self.address.listing();
+        let root = |client: &Client| client.get(&url).query(&[("path", "")]);
+        self.send(object, self.patience, root).await?;
+        Ok(self.takes_halves.get().copied().unwrap_or(true))
     }
 
     /// Sends a request, again where that can help.
@@ -117,12 +138,10 @@ impl Access {
         let mut attempt = 1;
         loop {
             match self.attempt(object, patience, &build).await {
-                Err(failed) if failed.again && attempt < ATTEMPTS => {
-                    failed.pause(attempt).await;
-                    attempt += 1;
-                }
+                Err(failed) if attempt < failed.most => failed.pause(attempt).await,
                 outcome => return outcome,
             }
+            attempt += 1;
         }
     }
 
@@ -134,27 +153,31 @@ impl Access {
     ) -> Result<T, Failed> {
         let mut attempt = 1;
         loop {
-            let response = self.send(object, self.patience, &build).await?;
-            let body = timeout(self.patience, response.bytes()).await;
-            let failed = match body {
-                Ok(Ok(body)) => {
-                    return serde_json::from_slice(&body).map_err(|error| {
-                        let text = String::from_utf8_lossy(&body[..body.len().min(EXCERPT)]);
-                        Failed::last(StoreError::Other {
-                            object: object.to_owned(),
-                            detail: format!("{error}; is this an MLflow server? {text}"),
-                        })
-                    });
-                }
-                Ok(Err(error)) => Failed::broken(object, &error),
-                Err(_) => Failed::silent(object, self.patience),
-            };
-            if attempt == ATTEMPTS {
-                return Err(failed);
+            match self.document(object, &build).await {
+                Err(failed) if attempt < failed.most => failed.pause(attempt).await,
+                outcome => return outcome,
             }
-            failed.pause(attempt).await;
             attempt += 1;
         }
+    }
+
+    async fn document<T: DeserializeOwned>(
+        &self,
+        object: &str,
+        build: impl FnOnce(&Client) -> RequestBuilder,
+    ) -> Result<T, Failed> {
+        let response = self.attempt(object, self.patience, build).await?;
+        let body = match timeout(self.patience, response.bytes()).await {
+            Ok(body) => body.map_err(|error| Failed::broken(object, &error))?,
+            Err(_) => return Err(Failed::silent(object, self.patience)),
+        };
+        serde_json::from_slice(&body).map_err(|error| {
+            let text = String::from_utf8_lossy(&body[..body.len().min(EXCERPT)]);
+            Failed::last(StoreError::Other {
+                object: object.to_owned(),
+                detail: format!("{error}; is this an MLflow server? {text}"),
+            })
+        })
     }
 }
 
@@ -205,7 +228,7 @@ impl Failed {
         Self {
             error,
             status: None,
-            again: false,
+            most: 1,
             pause: None,
             unreachable: false,
         }
@@ -218,7 +241,7 @@ impl Failed {
                 detail: innermost(error),
             },
             status: None,
-            again: true,
+            most: ATTEMPTS,
             pause: None,
             unreachable: error.is_connect(),
         }
@@ -231,7 +254,7 @@ impl Failed {
                 detail: format!("nothing moved for {} s", patience.as_secs()),
             },
             status: None,
-            again: true,
+            most: SLOW_ATTEMPTS,
             pause: None,
             unreachable: false,
         }
@@ -250,7 +273,11 @@ impl Failed {
         Self {
             error: explain(object, status, &body),
             status: Some(status),
-            again: matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504),
+            most: match status.as_u16() {
+                429 | 500 | 502 | 503 => ATTEMPTS,
+                408 | 504 => SLOW_ATTEMPTS,
+                _ => 1,
+            },
             pause,
             unreachable: false,
         }
@@ -264,6 +291,11 @@ impl Failed {
             .mul_f64(rand::random_range(0.5..1.0));
         tracing::debug!(error = %self.error, attempt, "asking the artifact server again");
         sleep(self.pause.unwrap_or(pause).min(LONGEST_PAUSE * 6)).await;
+    }
+
+    /// Whether another attempt can help.
+    pub fn is_passing(&self) -> bool {
+        self.most > 1
     }
 
     /// What the server said has this status.

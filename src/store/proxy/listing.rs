@@ -5,7 +5,11 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Deserializer};
 
 use super::access::{Access, Failed};
+use super::address::check_name;
 use crate::store::{ListPage, ObjectMeta, PageStart, StoreResult};
+
+/// The longest key that is listed with all that is below a directory, bytes.
+const LONGEST_KEY: usize = 1024;
 
 /// A directory as the server tells it.
 #[derive(Deserialize)]
@@ -110,6 +114,8 @@ pub(super) async fn page(
             all.push(itself(prefix));
         }
         loop {
+            // A server that is wrong, or has links in a circle, is not followed for ever.
+            found.retain(|it| it.key.len() <= LONGEST_KEY && check_name(object, &it.key).is_ok());
             let directories = found.iter().filter_map(|it| it.key.strip_suffix('/'));
             below.extend(directories.map(str::to_owned));
             all.append(&mut found);

@@ -24,6 +24,8 @@ use crate::store::{ETag, RangeBody, StoreError, StoreResult};
 
 /// Presigned addresses are good for 300 s: they are asked for anew before that.
 const PRESIGNED_FOR: Duration = Duration::from_secs(240);
+/// For so long everything goes through the server when the store behind it could not be asked.
+const REFUSED_FOR: Duration = Duration::from_secs(300);
 /// Some servers fetch all of an object before they send its first byte.
 const WHOLE_ANSWER: Duration = Duration::from_secs(600);
 /// The first version that is known to.
@@ -57,7 +59,7 @@ pub(super) struct Reading {
     /// Whether removing a name removes no other.
     deletes_exactly: OnceCell<bool>,
     /// The store behind the server cannot be reached, or gives no addresses.
-    refuses_presigned: AtomicBool,
+    refused_presigned: Mutex<Option<Instant>>,
     presigned: Mutex<HashMap<String, Presigned>>,
     /// The server has answered with all of an object when it was asked for a range.
     sends_wholes: AtomicBool,
@@ -65,8 +67,6 @@ pub(super) struct Reading {
     is_known: AtomicBool,
     /// Held by whoever finds that out: a whole body is not to be sent twice.
     probing: tokio::sync::Mutex<()>,
-    /// Held by whoever may be about to begin a whole body.
-    beginning: tokio::sync::Mutex<()>,
     pub wholes: Arc<Wholes>,
 }
 
@@ -77,12 +77,11 @@ impl Reading {
             metrics,
             info: OnceCell::new(),
             deletes_exactly: OnceCell::new(),
-            refuses_presigned: AtomicBool::new(false),
+            refused_presigned: Mutex::default(),
             presigned: Mutex::default(),
             sends_wholes: AtomicBool::new(false),
             is_known: AtomicBool::new(false),
             probing: tokio::sync::Mutex::default(),
-            beginning: tokio::sync::Mutex::default(),
             wholes,
         }
     }
@@ -111,8 +110,10 @@ impl Reading {
             at: range.start,
             end: range.end,
             response: None,
+            object_size: None,
             broken: 0,
         };
+        let changes = self.wholes.changes();
         let answered = ranged.request().await?;
         self.is_known.store(true, Ordering::Relaxed);
         match answered {
@@ -134,7 +135,8 @@ impl Reading {
                     );
                 }
                 drop(probing);
-                self.whole(key, object, range, Some(response)).await
+                let response = Some((changes, response));
+                self.whole(key, object, range, response).await
             }
         }
     }
@@ -145,9 +147,10 @@ impl Reading {
         key: &str,
         object: &Arc<str>,
         range: Range<u64>,
-        response: Option<Response>,
+        response: Option<(u64, Response)>,
     ) -> StoreResult<RangeBody> {
-        let beginning = self.beginning.lock().await;
+        let beginning = self.wholes.beginning(key);
+        let begins = beginning.lock().await;
         let kept = self.wholes.get(key);
         let is_fresh = kept.as_ref().is_some_and(|whole| whole.is_fresh());
         let size = match &kept {
@@ -163,9 +166,11 @@ impl Reading {
                 let response = match response {
                     Some(response) => response,
                     None => {
+                        let changes = self.wholes.changes();
                         let url = self.access.address.object(key);
                         let build = |client: &Client| client.get(&url);
-                        self.access.send(object, WHOLE_ANSWER, build).await?
+                        let response = self.access.send(object, WHOLE_ANSWER, build).await?;
+                        (changes, response)
                     }
                 };
                 let (patience, metrics) = (self.access.patience, Arc::clone(&self.metrics));
@@ -177,7 +182,7 @@ impl Reading {
         if !is_fresh {
             whole.refresh();
         }
-        drop(beginning);
+        drop(begins);
         if range.start >= whole.size {
             return Err(beyond(object, range.start, whole.size));
         }
@@ -190,40 +195,46 @@ impl Reading {
         })
     }
 
+    /// What the server says of itself; nothing where it says nothing. That is asked again, if it may
+    /// pass, when the store behind the server is.
     async fn info(&self) -> ServerInfo {
         let ask = async || {
-            let url = self.access.address.server_info()?;
-            let asked = self.access.ask(&url, |client| client.get(&url)).await;
-            // Older servers have no such answer.
-            asked.ok()
+            let Some(url) = self.access.address.server_info() else {
+                return Ok(ServerInfo::default());
+            };
+            match self.access.ask(&url, |client| client.get(&url)).await {
+                Err(failed) if failed.is_passing() => Err(failed),
+                // Older servers have no such answer.
+                answer => Ok(answer.unwrap_or_default()),
+            }
         };
-        *self
-            .info
-            .get_or_init(|| async { ask().await.unwrap_or_default() })
-            .await
+        match self.info.get_or_try_init(ask).await {
+            Ok(info) => *info,
+            Err(_) => {
+                *self.refused_presigned.lock() = Some(Instant::now());
+                ServerInfo::default()
+            }
+        }
     }
 
     /// Whether the server removes just what it is told to. Servers before that version may remove
     /// all that begins so.
     pub async fn deletes_exactly(&self) -> bool {
         let ask = async || {
-            let url = self.access.address.version()?;
+            let url = self.access.address.version().ok_or(())?;
             let build = |client: &Client| client.get(&url);
             let answer = self.access.send(&url, self.access.patience, build).await;
-            let text = timeout(self.access.patience, answer.ok()?.text()).await;
-            is_exact(&text.ok()?.ok()?)
+            let text = timeout(self.access.patience, answer.map_err(drop)?.text()).await;
+            let text = text.map_err(drop)?.map_err(drop)?;
+            Ok::<_, ()>(is_exact(&text).unwrap_or_default())
         };
-        *self
-            .deletes_exactly
-            .get_or_init(|| async { ask().await.unwrap_or_default() })
-            .await
+        let exactly = self.deletes_exactly.get_or_try_init(ask).await;
+        exactly.copied().unwrap_or_default()
     }
 
     /// Where the store behind the server has an object, if it can be asked.
     async fn presigned(&self, key: &str, object: &str) -> Option<Presigned> {
-        if self.refuses_presigned.load(Ordering::Relaxed)
-            || !self.info().await.multipart_downloads_enabled
-        {
+        if self.is_refused() || !self.info().await.multipart_downloads_enabled {
             return None;
         }
         if let Some(known) = self.presigned.lock().get(key)
@@ -251,11 +262,17 @@ impl Reading {
             Err(failed) => {
                 // Only some stores have such addresses. What else is wrong the server tells itself.
                 if failed.is(501) || failed.is(400) || failed.is(405) {
-                    self.refuses_presigned.store(true, Ordering::Relaxed);
+                    *self.refused_presigned.lock() = Some(Instant::now());
                 }
                 None
             }
         }
+    }
+
+    /// Whether addresses in the store behind the server were of no use a while ago.
+    fn is_refused(&self) -> bool {
+        let refused = *self.refused_presigned.lock();
+        refused.is_some_and(|refused| refused.elapsed() < REFUSED_FOR)
     }
 
     fn forget_presigned(&self, key: &str) {
@@ -263,7 +280,8 @@ impl Reading {
     }
 
     fn refuse_presigned(&self, url: &str, error: &StoreError) {
-        if !self.refuses_presigned.swap(true, Ordering::Relaxed) {
+        let before = self.refused_presigned.lock().replace(Instant::now());
+        if before.is_none() {
             let host = url::Url::parse(url).ok();
             let host = host
                 .as_ref()
@@ -293,6 +311,8 @@ struct Ranged {
     at: u64,
     end: u64,
     response: Option<Response>,
+    /// Bytes of the whole object, as the first answer told.
+    object_size: Option<u64>,
     /// How often it broke off since the last byte.
     broken: u32,
 }
@@ -319,10 +339,11 @@ impl Ranged {
                 Err(failed) if failed.is(403) => reading.forget_presigned(&self.key),
                 Err(failed) if failed.is(412) => return Err(self.changed()),
                 Err(failed) if failed.is(404) => return Err(failed.error),
+                Err(failed) if failed.is(416) => return Err(self.beyond().await),
                 Err(failed) if failed.unreachable => {
                     reading.refuse_presigned(&presigned.url, &failed.error);
                 }
-                Err(failed) if failed.again => failed.pause(1).await,
+                Err(failed) if failed.is_passing() => failed.pause(1).await,
                 Err(failed) => reading.refuse_presigned(&presigned.url, &failed.error),
             }
         }
@@ -331,11 +352,7 @@ impl Ranged {
         match reading.access.send(&object, WHOLE_ANSWER, build).await {
             Ok(response) => self.accept(response),
             Err(failed) if failed.is(412) => Err(self.changed()),
-            Err(failed) if failed.is(416) => {
-                let found = listing::find(&reading.access, &object, &self.key).await?;
-                let size = found.ok_or_else(|| not_found(&object))?.size;
-                Err(beyond(&object, self.at, size))
-            }
+            Err(failed) if failed.is(416) => Err(self.beyond().await),
             // So some stores answer when there is nothing.
             Err(failed) if failed.is(500) => {
                 let found = listing::find(&reading.access, &object, &self.key).await;
@@ -345,6 +362,16 @@ impl Ranged {
                 }
             }
             Err(failed) => Err(failed.error),
+        }
+    }
+
+    /// There is nothing where it was asked for.
+    async fn beyond(&self) -> StoreError {
+        let found = listing::find(&self.reading.access, &self.object, &self.key).await;
+        match found {
+            Ok(Some(meta)) => beyond(&self.object, self.at, meta.size),
+            Ok(None) => not_found(&self.object),
+            Err(error) => error,
         }
     }
 
@@ -377,9 +404,11 @@ impl Ranged {
         }
         let etag = response.headers().get(ETAG);
         let etag = etag.and_then(|value| value.to_str().ok()).map(ETag::new);
-        if self.version.is_some() && etag.is_some() && etag != self.version {
+        let is_another = self.version.is_some() && etag.is_some() && etag != self.version;
+        if is_another || self.object_size.is_some_and(|told| told != size) {
             return Err(self.changed());
         }
+        self.object_size = Some(size);
         self.version = etag.or(self.version.take());
         self.response = Some(response);
         Ok(Answered::Range(range, size))
@@ -433,9 +462,11 @@ impl Ranged {
                 return Err(failed.error);
             }
             failed.pause(self.broken).await;
-            match self.request().await? {
-                Answered::Range(range, _) if range.end == self.end => {}
-                _ => return Err(failed.error),
+            match self.request().await {
+                Ok(Answered::Range(range, _)) if range.end == self.end => {}
+                // Some servers tell another version each time.
+                Ok(_) | Err(StoreError::Changed { .. }) => return Err(failed.error),
+                Err(error) => return Err(error),
             }
         }
         Ok(None)
@@ -444,7 +475,11 @@ impl Ranged {
 
 /// Whether MLflow of this version removes just what it is told to.
 fn is_exact(version: &str) -> Option<bool> {
-    let mut numbers = version.trim().split('.').map(str::parse::<u32>);
+    let mut numbers = version
+        .trim()
+        .trim_matches('"')
+        .split('.')
+        .map(str::parse::<u32>);
     let (major, minor) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
     Some((major, minor) >= DELETES_EXACTLY)
 }

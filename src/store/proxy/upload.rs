@@ -1,11 +1,11 @@
 //! Writing: one PUT of all the bytes, streamed, and taken for done only when the server lists it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::{TryStreamExt, stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use reqwest::{Body, Client, RequestBuilder, Response};
@@ -34,6 +34,8 @@ const LOOK: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 struct Sending {
     bytes: AtomicU64,
+    /// It is the body that is waited for, not the server.
+    waiting: AtomicBool,
     /// CRC32C of them.
     crc32c: Mutex<u32>,
     /// The body itself came to an end for this reason.
@@ -62,6 +64,7 @@ impl Upload<'_> {
         let mut attempt = 1;
         loop {
             let sending = Arc::<Sending>::default();
+            self.reading.wholes.forget(key);
             let held_back = if attempt == 1 {
                 Duration::ZERO
             } else {
@@ -76,12 +79,12 @@ impl Upload<'_> {
                 Ok(_) => return self.verify(key, object, body.size()).await,
                 Err(failed) => failed,
             };
-            if failed.again && self.has_taken(key, object, body.size(), &sending).await {
+            if failed.is_passing() && self.has_taken(key, object, body.size(), &sending).await {
                 tracing::info!(object = &**object, error = %failed.error,
                     "it is stored, whatever was answered");
                 return Ok(stored(body.size()));
             }
-            if !failed.again || attempt == ATTEMPTS {
+            if attempt >= failed.most.min(ATTEMPTS) {
                 return Err(failed.error);
             }
             failed.pause(attempt).await;
@@ -100,10 +103,14 @@ impl Upload<'_> {
         let url = self.access.address.object(key);
         let kind = mime_guess::from_path(key).first_or_octet_stream();
         let size = body.size();
+        let in_chunks = self.access.takes_halves(object).await?;
         let build = |client: &Client| -> RequestBuilder {
-            client
-                .put(&url)
-                .header(CONTENT_LENGTH, size)
+            let mut request = client.put(&url);
+            if !in_chunks {
+                // So that a proxy that takes no body of that size says so before it is sent.
+                request = request.header(CONTENT_LENGTH, size);
+            }
+            request
                 .header(CONTENT_TYPE, kind.as_ref())
                 .body(self.body(body, sending, held_back))
         };
@@ -119,7 +126,8 @@ impl Upload<'_> {
             if bytes > moved.0 {
                 moved = (bytes, Instant::now());
             }
-            let patience = match bytes < size {
+            let waiting = sending.waiting.load(Ordering::Relaxed);
+            let patience = match bytes < size && !waiting {
                 true => self.access.patience,
                 false => ANSWER.max(self.access.patience),
             };
@@ -137,7 +145,20 @@ impl Upload<'_> {
             sleep(held_back).await;
             StoreResult::Ok(frames)
         };
-        let frames = stream::once(frames).try_flatten().map_ok(|mut bytes| {
+        let waiting = Arc::clone(&sending);
+        let frames = stream::unfold(
+            Box::pin(stream::once(frames).try_flatten()),
+            move |mut frames| {
+                let sending = Arc::clone(&waiting);
+                async move {
+                    sending.waiting.store(true, Ordering::Relaxed);
+                    let next = frames.next().await;
+                    sending.waiting.store(false, Ordering::Relaxed);
+                    next.map(|next| (next, frames))
+                }
+            },
+        );
+        let frames = frames.map_ok(|mut bytes| {
             let slices = std::iter::from_fn(move || {
                 let length = bytes.len().min(FRAME);
                 (length > 0).then(|| Ok(bytes.split_to(length)))

@@ -3,10 +3,12 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -51,6 +53,10 @@ pub(super) struct Whole {
 pub(super) struct Wholes {
     folder: PathBuf,
     kept: Mutex<HashMap<String, Arc<Whole>>>,
+    /// How often anything was written or removed.
+    changes: AtomicU64,
+    /// Keys of which somebody may be about to begin a copy.
+    beginning: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
 }
 
 impl Wholes {
@@ -59,7 +65,26 @@ impl Wholes {
         Self {
             folder,
             kept: Mutex::default(),
+            changes: AtomicU64::new(0),
+            beginning: Mutex::default(),
         }
+    }
+
+    /// How often anything was written or removed so far: to be asked for before an object is.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// To be held by whoever may begin a copy of an object.
+    pub fn beginning(&self, key: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut beginning = self.beginning.lock();
+        if let Some(lock) = beginning.get(key).and_then(Weak::upgrade) {
+            return lock;
+        }
+        beginning.retain(|_, lock| lock.strong_count() > 0);
+        let lock = Arc::default();
+        beginning.insert(key.to_owned(), Arc::downgrade(&lock));
+        lock
     }
 
     /// The copy of an object, if there is one that has not failed.
@@ -76,10 +101,13 @@ impl Wholes {
 
     /// Nobody is to be served from a copy of this any more: it is written, or removed.
     pub fn forget(&self, key: &str) {
-        self.kept.lock().remove(key);
+        let mut kept = self.kept.lock();
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        kept.remove(key);
     }
 
-    /// Consumes a body of `size` bytes in the background.
+    /// Consumes a body of `size` bytes in the background. It was asked for after so many `changes`;
+    /// if there was another one since, only who asked is served from it.
     ///
     /// # Errors
     /// The file cannot be made.
@@ -88,17 +116,11 @@ impl Wholes {
         key: &str,
         object: Arc<str>,
         size: u64,
-        response: Response,
+        (changes, response): (u64, Response),
         patience: Duration,
         metrics: Arc<StoreMetrics>,
     ) -> StoreResult<Arc<Whole>> {
-        let folder = &self.folder;
-        let about = |error: std::io::Error| disk(&object, &error);
-        std::fs::create_dir_all(folder).map_err(about)?;
-        let mut options = OpenOptions::new();
-        let options = options.read(true).write(true).mode(0o600);
-        let file = options.custom_flags(libc::O_TMPFILE).open(folder);
-        let file = file.map_err(|error| disk(&object, &error))?;
+        let file = nameless(&self.folder).map_err(|error| disk(&object, &error))?;
         let (progress, _) = watch::channel(Progress::Arrived(0));
         let whole = Arc::new(Whole {
             object,
@@ -108,7 +130,11 @@ impl Wholes {
             used: Mutex::new(Instant::now()),
             checked: Mutex::new(Instant::now()),
         });
-        self.kept.lock().insert(key.to_owned(), Arc::clone(&whole));
+        let mut kept = self.kept.lock();
+        if self.changes() == changes {
+            kept.insert(key.to_owned(), Arc::clone(&whole));
+        }
+        drop(kept);
         let (this, key, filled) = (Arc::clone(self), key.to_owned(), Arc::clone(&whole));
         tokio::spawn(async move {
             if let Err(error) = filled.fill(response, patience, &metrics).await {
@@ -116,6 +142,9 @@ impl Wholes {
                 filled
                     .progress
                     .send_modify(|progress| *progress = Progress::Failed(error));
+                // Who reads it is told; the room is for another attempt.
+                let _ = filled.file.set_len(0);
+                return this.remove(&key, &filled);
             }
             this.remove_idle(&key, filled).await;
         });
@@ -131,13 +160,31 @@ impl Wholes {
             }
             tokio::time::sleep(IDLE.saturating_sub(idle).max(IDLE / 10)).await;
         }
+        self.remove(key, &whole);
+    }
+
+    fn remove(&self, key: &str, whole: &Arc<Whole>) {
         let mut kept = self.kept.lock();
-        if kept
-            .get(key)
-            .is_some_and(|other| Arc::ptr_eq(other, &whole))
-        {
+        if kept.get(key).is_some_and(|other| Arc::ptr_eq(other, whole)) {
             kept.remove(key);
         }
+    }
+}
+
+/// A file that goes when it is closed.
+fn nameless(folder: &Path) -> std::io::Result<File> {
+    std::fs::create_dir_all(folder)?;
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true).mode(0o600);
+    match options.clone().custom_flags(libc::O_TMPFILE).open(folder) {
+        // Not every filesystem has such files.
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            let path = folder.join(format!("whole-{:032x}", rand::random::<u128>()));
+            let file = options.create_new(true).open(&path)?;
+            std::fs::remove_file(path)?;
+            Ok(file)
+        }
+        outcome => outcome,
     }
 }
 
@@ -240,7 +287,14 @@ impl Whole {
                     object: object.to_string(),
                     detail: error.to_string(),
                 })?;
-                let bytes = Bytes::from(read.map_err(|error| disk(&object, &error))?);
+                let read = read.map_err(|error| match error.kind() {
+                    ErrorKind::UnexpectedEof => StoreError::Unavailable {
+                        object: object.to_string(),
+                        detail: "not all of it came".to_owned(),
+                    },
+                    _ => disk(&object, &error),
+                });
+                let bytes = Bytes::from(read?);
                 Ok(Some((bytes, at + length as u64)))
             }
         }))
