@@ -59,6 +59,8 @@ pub(super) struct Failed {
     pub status: Option<StatusCode>,
     /// How many attempts can help, this one included.
     pub most: u32,
+    /// The beginning of what was said.
+    told: String,
     /// The pause that the server asks for.
     pub pause: Option<Duration>,
     /// No connection could be made.
@@ -229,6 +231,7 @@ impl Failed {
             error,
             status: None,
             most: 1,
+            told: String::new(),
             pause: None,
             unreachable: false,
         }
@@ -242,6 +245,7 @@ impl Failed {
             },
             status: None,
             most: ATTEMPTS,
+            told: String::new(),
             pause: None,
             unreachable: error.is_connect(),
         }
@@ -255,6 +259,7 @@ impl Failed {
             },
             status: None,
             most: SLOW_ATTEMPTS,
+            told: String::new(),
             pause: None,
             unreachable: false,
         }
@@ -278,6 +283,7 @@ impl Failed {
                 408 | 504 => SLOW_ATTEMPTS,
                 _ => 1,
             },
+            told: excerpt(&body),
             pause,
             unreachable: false,
         }
@@ -291,6 +297,19 @@ impl Failed {
             .mul_f64(rand::random_range(0.5..1.0));
         tracing::debug!(error = %self.error, attempt, "asking the artifact server again");
         sleep(self.pause.unwrap_or(pause).min(LONGEST_PAUSE * 6)).await;
+    }
+
+    /// The same, of which another attempt can make something else.
+    pub fn passing(self, object: &str) -> Self {
+        let status = self.status.map_or(0, |status| status.as_u16());
+        Self {
+            error: StoreError::Unavailable {
+                object: object.to_owned(),
+                detail: format!("HTTP {status}: {}", self.told),
+            },
+            most: ATTEMPTS,
+            ..self
+        }
     }
 
     /// Whether another attempt can help.
@@ -310,8 +329,8 @@ impl From<Failed> for StoreError {
     }
 }
 
-fn explain(object: &str, status: StatusCode, body: &[u8]) -> StoreError {
-    let object = object.to_owned();
+/// What a refusal says, in a line.
+fn excerpt(body: &[u8]) -> String {
     let told: Told = serde_json::from_slice(body).unwrap_or_default();
     let text = match (told.message.is_empty(), told.detail.is_empty()) {
         (false, _) => told.message,
@@ -319,10 +338,15 @@ fn explain(object: &str, status: StatusCode, body: &[u8]) -> StoreError {
         (true, true) if body.starts_with(b"<") => String::new(),
         (true, true) => String::from_utf8_lossy(body).into_owned(),
     };
-    let text: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let text: String = match text.as_str() {
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    text.chars().take(EXCERPT).collect()
+}
+
+fn explain(object: &str, status: StatusCode, body: &[u8]) -> StoreError {
+    let object = object.to_owned();
+    let text = match excerpt(body).as_str() {
         "" => status.canonical_reason().unwrap_or_default().to_owned(),
-        text => text.chars().take(EXCERPT).collect(),
+        text => text.to_owned(),
     };
     let mut detail = format!("HTTP {}: {text}", status.as_u16());
     let remedy = match status.as_u16() {

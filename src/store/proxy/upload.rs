@@ -77,6 +77,9 @@ impl Upload<'_> {
             }
             let failed = match outcome {
                 Ok(_) => return self.verify(key, object, body.size()).await,
+                // Nothing can be missing where something is put: the store behind the server lost its
+                // way, as SeaweedFS does once in a while.
+                Err(failed) if failed.is(404) => failed.passing(object),
                 Err(failed) => failed,
             };
             if failed.is_passing() && self.has_taken(key, object, body.size(), &sending).await {
