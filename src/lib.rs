@@ -2,13 +2,14 @@
 //!
 //! The rooms, from left to right; imports point right only (see ARCHITECTURE.md):
 //! `cli` → `config` → `fuse` → `vfs` → `catalog` → `tracking` → `write` → `read` → `store` →
-//! `budget`, `mount_table`, `telemetry`.
+//! `budget`, `http`, `mount_table`, `telemetry`.
 
 pub mod budget;
 pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod fuse;
+mod http;
 mod mount_table;
 pub mod read;
 pub mod store;

@@ -1,13 +1,14 @@
 //! What an answer that is no success means, in the words of [`TrackingError`].
 
 use std::fmt;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use reqwest::header::HeaderMap;
 use reqwest::{StatusCode, Url};
 use serde::Deserialize;
 
 use super::{TrackingError, TrackingSettings};
+use crate::http::retry_after;
 
 /// Characters of an answer that is no JSON which go into a message.
 const EXCERPT: usize = 160;
@@ -173,16 +174,6 @@ impl Refusal<'_> {
         target.set_fragment(None);
         Some(target)
     }
-}
-
-/// How long the server asks to be left alone: in seconds, or until a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("retry-after")?.to_str().ok()?.trim();
-    if let Ok(seconds) = text.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// The start of an answer in plain text or HTML, as one line without tags.

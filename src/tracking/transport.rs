@@ -16,6 +16,7 @@ use super::failure::{Failure, Refusal, Subject, chain, excerpt};
 use super::settings::{SettingError, TrackingSettings};
 use super::sigv4::{SignError, Signer};
 use super::{TrackingError, TrackingResult};
+use crate::http::innermost;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections kept open while nothing is asked.
@@ -279,7 +280,7 @@ impl Transport {
     fn unreachable(&self, error: reqwest::Error) -> Failure {
         let error = error.without_url();
         let remedy = tls_remedy(&chain(&error)).unwrap_or(CHECK);
-        let cause = root(&error);
+        let cause = innermost(&error);
         let detail = match () {
             () if error.is_timeout() && error.is_connect() => {
                 format!("no connection within {} s", CONNECT_TIMEOUT.as_secs())
@@ -330,15 +331,6 @@ fn headers(settings: &TrackingSettings) -> Result<HeaderMap, SettingError> {
 
 /// What to do about a server that does not answer.
 const CHECK: &str = "check that it runs, and that the tracking URI and its port are right";
-
-/// The innermost cause: around it libraries say what they were doing, which is told already.
-fn root(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(cause) = innermost.source() {
-        innermost = cause;
-    }
-    innermost.to_string()
-}
 
 /// What to do about TLS that fails; rustls tells its reasons in its texts only.
 fn tls_remedy(detail: &str) -> Option<&'static str> {

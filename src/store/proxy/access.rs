@@ -2,16 +2,17 @@
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use reqwest::header::{HeaderMap, SERVER};
+use reqwest::header::SERVER;
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{sleep, timeout};
 
 use super::address::Address;
+use crate::http::{innermost, retry_after};
 use crate::store::{StoreError, StoreResult};
 
 /// How often a request is sent at most, the first time included.
@@ -207,15 +208,6 @@ fn other(object: &str, error: &reqwest::Error) -> StoreError {
     }
 }
 
-/// The innermost cause: around it libraries say what they were doing, which is told already.
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(cause) = innermost.source() {
-        innermost = cause;
-    }
-    innermost.to_string()
-}
-
 /// What MLflow's routes say, and the frameworks below them.
 #[derive(Deserialize, Default)]
 struct Told {
@@ -376,14 +368,4 @@ fn explain(object: &str, status: StatusCode, body: &[u8]) -> StoreError {
         408 | 429 | 500..=599 => StoreError::Unavailable { object, detail },
         _ => StoreError::Other { object, detail },
     }
-}
-
-/// How long the server asks to be left alone: in seconds, or until a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("retry-after")?.to_str().ok()?.trim();
-    if let Ok(seconds) = text.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
 }
