@@ -69,16 +69,16 @@ impl CatalogError {
     }
 }
 
-/// Opens the store of an artifact URI.
+/// Opens the store of a run's artifact URI.
 #[async_trait]
 pub trait Locate: std::fmt::Debug + Send + Sync + 'static {
-    async fn locate(&self, artifact_uri: &str) -> StoreResult<Location>;
+    async fn locate(&self, run_id: &str, artifact_uri: &str) -> StoreResult<Location>;
 }
 
 #[async_trait]
 impl Locate for Stores {
-    async fn locate(&self, artifact_uri: &str) -> StoreResult<Location> {
-        Stores::locate(self, artifact_uri).await
+    async fn locate(&self, run_id: &str, artifact_uri: &str) -> StoreResult<Location> {
+        Stores::locate_run(self, run_id, artifact_uri).await
     }
 }
 
@@ -139,7 +139,7 @@ impl Catalog {
             Some(run) => run,
             None => self.resolve(run_id).await?,
         };
-        let location = self.stores.locate(&run.artifact_uri).await?;
+        let location = self.stores.locate(run_id, &run.artifact_uri).await?;
         Ok(ArtifactRoot {
             run_id: run_id.to_owned(),
             location,

@@ -4,6 +4,7 @@
 //! or MLflow. Keys are `/`-separated UTF-8 strings without a leading slash.
 
 pub mod checksum;
+pub mod cloud;
 mod error;
 pub mod local;
 mod location;
@@ -32,6 +33,15 @@ pub struct ETag(Arc<str>);
 impl ETag {
     pub fn new(text: impl Into<Arc<str>>) -> Self {
         Self(text.into())
+    }
+
+    /// With quotes, as headers have it: some stores leave them out elsewhere.
+    pub fn quoted(text: &str) -> Self {
+        if text.contains('"') {
+            Self::new(text)
+        } else {
+            Self::new(format!("\"{text}\""))
+        }
     }
 
     pub fn as_str(&self) -> &str {
@@ -153,6 +163,8 @@ pub struct Capabilities {
     pub maximum_parts: u32,
     /// Largest body of one PUT or part, bytes (5 GiB on S3).
     pub maximum_put_size: u64,
+    /// Nothing can be changed in it.
+    pub read_only: bool,
     /// Its objects are files of this machine: [`Store::file_of`] opens them, and a copy of them on
     /// local disk is of no use.
     pub local: bool,

@@ -1,7 +1,8 @@
-//! An S3 server in memory.
+//! An S3 server in memory, which understands Google's dialect too.
 
 mod body;
 mod faults;
+mod google;
 mod multipart;
 mod objects;
 mod operations;

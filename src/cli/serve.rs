@@ -15,6 +15,7 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::fuse::{FuseOptions, Mounted, mount};
 use crate::read::{ReadOptions, Reader};
+use crate::store::cloud::{AzureSettings, GoogleSettings};
 use crate::store::proxy::ProxySettings;
 use crate::store::s3::S3Settings;
 use crate::store::{StoreSettings, Stores};
@@ -47,7 +48,7 @@ pub(super) fn tracking_source(config: &Config) -> anyhow::Result<TrackingSource>
     Ok(source)
 }
 
-/// How S3 is reached: the flag, and MLflow's own variables.
+/// How stores are reached: the flag, and MLflow's own variables.
 ///
 /// # Errors
 /// What is wrong with one of them.
@@ -65,7 +66,12 @@ pub(super) fn store_settings(
         patience: s3.patience,
         folder: config.spill_dir.clone(),
     };
-    Ok(StoreSettings { s3, proxy })
+    Ok(StoreSettings {
+        azure: AzureSettings::from_variables(variable, s3.patience),
+        google: GoogleSettings::from_variables(variable, s3.patience),
+        s3,
+        proxy,
+    })
 }
 
 fn variable(name: &str) -> Option<String> {

@@ -175,6 +175,7 @@ impl Store for LocalStore {
             minimum_part_size: 1,
             maximum_parts: MOST_PARTS,
             maximum_put_size: i64::MAX as u64,
+            read_only: false,
             local: true,
         }
     }

@@ -1,4 +1,5 @@
-//! Artifact URI → store and key prefix; one client for all buckets, one store a bucket.
+//! Artifact URI → store and key prefix; one client for all buckets of an endpoint, one store a
+//! bucket.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -7,11 +8,25 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use url::Url;
 
+use super::cloud::{AzureSettings, Clouds, GoogleSettings};
 use super::local::{self, LocalStore, LocalUri};
 use super::metrics::StoreMetrics;
 use super::proxy::{Address, ProxySettings, ProxyStore};
-use super::s3::{S3Client, S3Settings, S3Store};
+use super::s3::{S3Client, S3Settings, S3Store, S3Uri};
 use super::{Store, StoreError, StoreResult};
+
+/// Schemes that name a store, beside those of local directories.
+const SERVED: [&str; 9] = [
+    "s3",
+    "r2",
+    "b2",
+    "wasbs",
+    "abfss",
+    "gs",
+    "mlflow-artifacts",
+    "http",
+    "https",
+];
 
 /// A place in a store: a run's artifact root, or anything below it.
 #[derive(Clone, Debug)]
@@ -36,6 +51,8 @@ impl Location {
 #[derive(Clone, Debug, Default)]
 pub struct StoreSettings {
     pub s3: S3Settings,
+    pub azure: AzureSettings,
+    pub google: GoogleSettings,
     pub proxy: ProxySettings,
 }
 
@@ -52,9 +69,11 @@ impl From<S3Settings> for StoreSettings {
 #[derive(Debug)]
 pub struct Stores {
     settings: StoreSettings,
-    client: tokio::sync::OnceCell<Arc<S3Client>>,
+    /// By the endpoint that URIs name; `None` for all that name none.
+    clients: tokio::sync::Mutex<HashMap<Option<String>, Arc<S3Client>>>,
     buckets: Mutex<HashMap<String, Arc<dyn Store>>>,
-    /// By the address of their routes.
+    clouds: Clouds,
+    /// By their names.
     proxies: Mutex<HashMap<String, Arc<dyn Store>>>,
     local: Arc<dyn Store>,
     metrics: Arc<StoreMetrics>,
@@ -63,10 +82,17 @@ pub struct Stores {
 impl Stores {
     pub fn new(settings: impl Into<StoreSettings>) -> Self {
         let metrics = Arc::<StoreMetrics>::default();
+        let settings = settings.into();
+        let clouds = Clouds::new(
+            settings.azure.clone(),
+            settings.google.clone(),
+            Arc::clone(&metrics),
+        );
         Self {
-            settings: settings.into(),
-            client: tokio::sync::OnceCell::new(),
+            settings,
+            clients: tokio::sync::Mutex::default(),
             buckets: Mutex::default(),
+            clouds,
             proxies: Mutex::default(),
             local: Arc::new(LocalStore::new(Arc::clone(&metrics))),
             metrics,
@@ -79,7 +105,8 @@ impl Stores {
     }
 
     /// The location an artifact URI names: `s3://bucket/path`, `file:///path` or a path,
-    /// `mlflow-artifacts:/path`, or the artifact route of a server. No request is sent to the store.
+    /// `mlflow-artifacts:/path`, or the artifact route of a server, `wasbs://…`, `abfss://…` or
+    /// `gs://bucket/path`. No request is sent to the store.
     ///
     /// # Errors
     /// `Unsupported` for a scheme that no store serves, and for a path inside a mount of mlfs;
@@ -99,28 +126,39 @@ impl Stores {
             .split_once(':')
             .map_or("", |(scheme, _)| scheme);
         match scheme {
-            "s3" => {}
-            "mlflow-artifacts" | "http" | "https" => return self.proxy(artifact_uri),
-            _ => {
-                return Err(StoreError::Unsupported {
-                    object: without_credentials(artifact_uri),
-                    detail: format!("artifact URIs with the scheme {scheme:?} are not served yet"),
-                });
+            "s3" | "r2" | "b2" => self.bucket(artifact_uri).await,
+            "wasbs" | "abfss" => self.clouds.azure(artifact_uri).await,
+            "gs" => self.clouds.google(artifact_uri).await,
+            "mlflow-artifacts" | "http" | "https" => self.proxy(artifact_uri),
+            _ => Err(StoreError::Unsupported {
+                object: without_credentials(artifact_uri),
+                detail: format!("artifact URIs with the scheme {scheme:?} are not served"),
+            }),
+        }
+    }
+
+    /// The location of a run's artifacts: where no store serves the URI, what the tracking server
+    /// gives out of them, to be read only.
+    ///
+    /// # Errors
+    /// As [`Self::locate`].
+    pub async fn locate_run(&self, run_id: &str, artifact_uri: &str) -> StoreResult<Location> {
+        match (
+            self.locate(artifact_uri).await,
+            self.settings.proxy.server(),
+        ) {
+            (Err(StoreError::Unsupported { object, detail }), Some(server))
+                if is_foreign(artifact_uri) =>
+            {
+                tracing::info!(run_id, object, "{detail}; read through the tracking server");
+                self.routes(Address::of_run(server, run_id))
+                    .map(|store| Location {
+                        store,
+                        prefix: String::new(),
+                    })
             }
+            (outcome, _) => outcome,
         }
-        let rest = artifact_uri.trim_start_matches("s3://");
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        if bucket.is_empty() {
-            return Err(StoreError::InvalidName {
-                object: artifact_uri.to_owned(),
-                detail: "the URI names no bucket".to_owned(),
-            });
-        }
-        let store = self.bucket(bucket).await?;
-        Ok(Location {
-            store,
-            prefix: prefix.trim_matches('/').to_owned(),
-        })
     }
 
     /// A directory of this machine, which need not exist.
@@ -136,40 +174,61 @@ impl Stores {
     fn proxy(&self, artifact_uri: &str) -> StoreResult<Location> {
         let settings = &self.settings.proxy;
         let (address, prefix) = Address::parse(artifact_uri, settings.server())?;
-        let mut proxies = self.proxies.lock();
-        let store = match proxies.get(&address.base) {
-            Some(store) => Arc::clone(store),
-            None => {
-                let base = address.base.clone();
-                let store = ProxyStore::new(address, settings, Arc::clone(&self.metrics))?;
-                let store: Arc<dyn Store> = Arc::new(store);
-                proxies.insert(base, Arc::clone(&store));
-                store
-            }
-        };
+        let store = self.routes(address)?;
         Ok(Location { store, prefix })
     }
 
-    async fn bucket(&self, bucket: &str) -> StoreResult<Arc<dyn Store>> {
-        if let Some(store) = self.buckets.lock().get(bucket) {
+    fn routes(&self, address: Address) -> StoreResult<Arc<dyn Store>> {
+        let mut proxies = self.proxies.lock();
+        let name = address.name();
+        if let Some(store) = proxies.get(&name) {
             return Ok(Arc::clone(store));
         }
-        let client = self
-            .client
-            .get_or_init(|| async {
-                S3Client::new(self.settings.s3.clone(), Arc::clone(&self.metrics)).await
-            })
-            .await;
-        let store: Arc<dyn Store> = Arc::new(S3Store::new(
-            Arc::clone(client),
-            bucket,
-            Arc::clone(&self.metrics),
-        ));
-        let mut buckets = self.buckets.lock();
-        Ok(Arc::clone(
-            buckets.entry(bucket.to_owned()).or_insert(store),
-        ))
+        let metrics = Arc::clone(&self.metrics);
+        let store = ProxyStore::new(address, &self.settings.proxy, metrics)?;
+        let store: Arc<dyn Store> = Arc::new(store);
+        proxies.insert(name, Arc::clone(&store));
+        Ok(store)
     }
+
+    async fn bucket(&self, artifact_uri: &str) -> StoreResult<Location> {
+        let uri = S3Uri::parse(artifact_uri)?;
+        let known = self.buckets.lock().get(&uri.name).map(Arc::clone);
+        let store = match known {
+            Some(store) => store,
+            None => {
+                let client = self.client(&uri).await;
+                let store = S3Store::new(client, &uri, Arc::clone(&self.metrics));
+                let store: Arc<dyn Store> = Arc::new(store);
+                let mut buckets = self.buckets.lock();
+                Arc::clone(buckets.entry(uri.name.clone()).or_insert(store))
+            }
+        };
+        Ok(Location {
+            store,
+            prefix: uri.prefix,
+        })
+    }
+
+    async fn client(&self, uri: &S3Uri) -> Arc<S3Client> {
+        let settings = uri.settings(&self.settings.s3);
+        let named = settings.endpoint.clone();
+        let named = named.filter(|_| settings.endpoint != self.settings.s3.endpoint);
+        let mut clients = self.clients.lock().await;
+        if let Some(client) = clients.get(&named) {
+            return Arc::clone(client);
+        }
+        let client = S3Client::new(settings, Arc::clone(&self.metrics)).await;
+        clients.insert(named, Arc::clone(&client));
+        client
+    }
+}
+
+/// Whether a URI is of a scheme that no store here serves.
+fn is_foreign(artifact_uri: &str) -> bool {
+    let scheme = artifact_uri.split_once(':').map(|(scheme, _)| scheme);
+    let is_path = !matches!(LocalUri::parse(artifact_uri), LocalUri::Other);
+    !is_path && scheme.is_none_or(|scheme| !SERVED.contains(&scheme))
 }
 
 /// A URI as it may be shown: without user, password and query.

@@ -221,6 +221,7 @@ impl Store for ProxyStore {
             minimum_part_size: 1,
             maximum_parts: 1,
             maximum_put_size: i64::MAX as u64,
+            read_only: self.access.address.run.is_some(),
             local: false,
         }
     }

@@ -11,6 +11,7 @@ mod pace;
 mod retry;
 mod settings;
 mod transport;
+mod uri;
 mod watch;
 mod wire;
 
@@ -30,6 +31,7 @@ use body::RangeRequest;
 
 pub use client::S3Client;
 pub use settings::{S3Settings, SettingError, SignPayload, UploadArguments};
+pub(super) use uri::S3Uri;
 
 /// S3's limits.
 const MINIMUM_PART: u64 = 5 << 20;
@@ -71,10 +73,11 @@ fn content_type(key: &str) -> String {
 }
 
 impl S3Store {
-    pub fn new(client: Arc<S3Client>, bucket: &str, metrics: Arc<StoreMetrics>) -> Self {
+    pub(super) fn new(client: Arc<S3Client>, uri: &S3Uri, metrics: Arc<StoreMetrics>) -> Self {
+        let bucket = uri.bucket.as_str();
         Self {
             bucket: bucket.into(),
-            name: format!("s3://{bucket}"),
+            name: uri.name.clone(),
             identity: format!("{}/{bucket}", client.endpoint),
             client,
             metrics,
@@ -180,6 +183,7 @@ impl Store for S3Store {
             minimum_part_size: MINIMUM_PART,
             maximum_parts: MAXIMUM_PARTS,
             maximum_put_size: MAXIMUM_PUT,
+            read_only: false,
             local: false,
         }
     }

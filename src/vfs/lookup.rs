@@ -13,7 +13,7 @@ use super::names;
 use super::tree::{CONTROL, CONTROLS, DirectoryNode, Inode, Kind, ROOT, Tree};
 use super::{EntryAttributes, Vfs};
 use crate::catalog::RunEntry;
-use crate::store::{Location, PageStart};
+use crate::store::{Location, PageStart, Store};
 use crate::write::Target;
 
 /// Keys asked for when one name is looked up: the object, names that sort between it and the
@@ -55,6 +55,15 @@ impl Place {
             key: self.key(name),
             path: format!("{}/{}{separator}{name}", self.run_id, self.path),
         }
+    }
+}
+
+/// Some stores can only be read.
+pub(super) fn check_store(store: &Arc<dyn Store>) -> VfsResult<()> {
+    if store.capabilities().read_only {
+        Err(VfsError::READ_ONLY)
+    } else {
+        Ok(())
     }
 }
 
@@ -122,6 +131,14 @@ impl Vfs {
                 Err(VfsError::NOT_FOUND)
             }
         }
+    }
+
+    /// Opens the location of a directory that is about to be changed.
+    pub(super) async fn writable_place(&self, inode: Inode) -> VfsResult<Place> {
+        self.check_writable()?;
+        let place = self.place(inode).await?;
+        check_store(&place.location.store)?;
+        Ok(place)
     }
 
     /// Opens a directory's location.

@@ -11,6 +11,7 @@ use super::directory::{Entry, FileInfo};
 use super::error::{VfsError, VfsResult};
 use super::file::{File, FileState};
 use super::handles::FileHandle;
+use super::lookup::check_store;
 use super::names;
 use super::tree::{Inode, Kind};
 use super::{EntryAttributes, Vfs};
@@ -107,6 +108,9 @@ impl Vfs {
         }
         // A published file's reader and a draft need to know where the file is.
         let target = self.target(inode).await?;
+        if access.write {
+            check_store(&target.store)?;
+        }
         let (keep_cache, local) = {
             let mut state = file.state();
             if state.unlinked && state.draft.is_none() && state.reader.is_none() {
@@ -208,7 +212,7 @@ impl Vfs {
             Err(error) if error.errno == libc::ENOENT => {}
             Err(error) => return Err(error),
         }
-        let place = self.place(parent).await?;
+        let place = self.writable_place(parent).await?;
         let target = place.target(text);
         names::check_key(&target.store, &target.key)?;
         let file = File::new(None);
@@ -365,6 +369,7 @@ impl Vfs {
         }
         let file = self.file(inode)?;
         let target = self.target(inode).await?;
+        check_store(&target.store)?;
         self.draft(&file, &target).truncate(size)?;
         let open = {
             let mut state = file.state();

@@ -24,7 +24,7 @@ impl Vfs {
             Err(error) if error.errno == libc::ENOENT => {}
             Err(error) => return Err(error),
         }
-        let place = self.place(parent).await?;
+        let place = self.writable_place(parent).await?;
         names::check_key(&place.location.store, &place.key(name))?;
         let mut tree = self.tree.lock();
         if tree.child(parent, name).is_some() {
@@ -54,7 +54,7 @@ impl Vfs {
                 _ => VfsError::NOT_PERMITTED,
             });
         }
-        let place = self.place(parent).await?;
+        let place = self.writable_place(parent).await?;
         self.check_empty(inode, &place, name).await?;
         let marker = format!("{}/", place.key(name));
         if self.marker_exists(&place, &marker).await? {
@@ -131,7 +131,7 @@ impl Vfs {
             Kind::Status | Kind::Order(_) => return Err(VfsError::NOT_PERMITTED),
             _ => return Err(VfsError::IS_DIRECTORY),
         };
-        let place = self.place(parent).await?;
+        let place = self.writable_place(parent).await?;
         let _moving = file.moving.lock().await;
         if file.state().published.is_some() {
             place.location.store.delete(&[place.key(name)]).await?;

@@ -68,11 +68,11 @@ impl Vfs {
         let name = names::from_kernel(name)?;
         let to_name = names::from_kernel(to_name)?;
         let from = End {
-            place: self.place(parent).await?,
+            place: self.writable_place(parent).await?,
             name,
         };
         let to = End {
-            place: self.place(to_parent).await?,
+            place: self.writable_place(to_parent).await?,
             name: to_name,
         };
         if !Arc::ptr_eq(&from.place.location.store, &to.place.location.store) {

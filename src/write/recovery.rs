@@ -337,6 +337,12 @@ impl Leftover {
         let Some((key, id)) = &self.replayed.upload else {
             return Ok(None);
         };
+        if !store.capabilities().list_parts {
+            // What was confirmed is believed; should it be gone, the completion fails.
+            let parts = self.replayed.parts.iter();
+            let parts = parts.map(|part| (part.index + 1, part.receipt()));
+            return Ok(Some(parts.collect()));
+        }
         match store.list_parts(key, id).await {
             Ok(parts) => {
                 let parts = parts.into_iter().map(|part| (part.number, part));

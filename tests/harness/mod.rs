@@ -87,7 +87,7 @@ impl Lab {
         self.mount_by(program, &[])
     }
 
-    fn mount_by(&self, mut program: Command, flags: &[&str]) -> Mount<'_> {
+    pub fn mount_by(&self, mut program: Command, flags: &[&str]) -> Mount<'_> {
         let path = self.empty_folder();
         let output = program
             .arg("mount")

@@ -16,11 +16,7 @@ MIB = 1 << 20
 SMALL = ("--memory", "64MiB", "--part-size", "5MiB", "--close-timeout", "30s")
 
 
-# Over SeaweedFS the server is told now and then that there is no such bucket, which nobody else is.
-KINDS = ["directory", "s3"] if "MLFS_PROXIED_S3" in os.environ else ["directory"]
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["directory", "s3"])
 def proxied(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("proxied")
     destination = {"directory": str(folder / "artifacts"), "s3": f"s3://mlflow/{folder.name}"}

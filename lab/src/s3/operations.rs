@@ -13,6 +13,7 @@ use md5::{Digest as _, Md5};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::body::{Body, Damage, outgoing, spoil, text, unchunk};
+use super::google;
 use super::objects::{Content, Object, Objects};
 use super::request::Asked;
 use super::server::ServerOptions;
@@ -378,6 +379,13 @@ impl Operations {
         }
         if asked.header("if-none-match") == Some("*") && current.is_some() {
             return fail(412, "PreconditionFailed");
+        }
+        let wanted = asked.header("x-goog-if-generation-match");
+        if let Some(wanted) = wanted.and_then(|text| text.parse::<u64>().ok()) {
+            let found = current.and_then(|object| google::generation(&object.etag));
+            if found.unwrap_or(0) != wanted {
+                return fail(412, "PreconditionFailed");
+            }
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use hyper::{HeaderMap, Method, Uri};
 use percent_encoding::percent_decode_str;
 
+use super::google;
 use super::stats::Kind;
 
 #[derive(Clone, Debug)]
@@ -18,7 +19,8 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    pub fn new(method: Method, uri: &Uri, headers: HeaderMap) -> Self {
+    pub fn new(method: Method, uri: &Uri, mut headers: HeaderMap) -> Self {
+        google::translate(&mut headers);
         let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
         let path = uri.path().trim_start_matches('/');
         let (bucket, key) = path.split_once('/').unwrap_or((path, ""));

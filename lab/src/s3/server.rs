@@ -21,6 +21,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
 use super::body::{Body, BrokenOff, Damage, damaged, incoming, spoil, text};
 use super::faults::{Fault, Faults, Rule};
+use super::google;
 use super::objects::{Content, Object, Objects};
 use super::operations::{Answer, Failure, Operations};
 use super::request::Asked;
@@ -357,10 +358,11 @@ async fn serve(
         Some(Fault::WrongByte) => damage.wrong_byte = true,
         _ => {}
     }
-    let answer = shared
+    let mut answer = shared
         .operations
         .run(kind, asked, body, damage)
         .unwrap_or_else(|failure| failure.answer());
+    google::tell_generation(answer.headers_mut());
     match fault {
         Some(Fault::DoThenFail) => Ok(Failure(504, "GatewayTimeout".to_owned()).answer()),
         Some(Fault::DoThenReset) => Err(BrokenOff),

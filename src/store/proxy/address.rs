@@ -25,6 +25,8 @@ pub struct Address {
     pub base: String,
     /// They are the tracking server's own, so that it may be told who we are.
     pub trusted: bool,
+    /// Only what the server gives out of this run, wherever that lies; `base` is the server then.
+    pub run: Option<String>,
 }
 
 impl Address {
@@ -77,12 +79,31 @@ impl Address {
 
     fn of(base: String, server: Option<&str>) -> Self {
         let trusted = server.is_some_and(|server| base == format!("{server}{ROUTES}"));
-        Self { base, trusted }
+        Self {
+            base,
+            trusted,
+            run: None,
+        }
+    }
+
+    /// What the tracking server gives out of a run.
+    pub fn of_run(server: &str, run_id: &str) -> Self {
+        Self {
+            base: server.to_owned(),
+            trusted: true,
+            run: Some(run_id.to_owned()),
+        }
     }
 
     /// Where an object is read and written.
     pub fn object(&self, key: &str) -> String {
-        format!("{}/artifacts/{}", self.base, encode(key))
+        match &self.run {
+            None => format!("{}/artifacts/{}", self.base, encode(key)),
+            Some(run) => {
+                let (run, key) = (encode(run), encode(key));
+                format!("{}/get-artifact?run_uuid={run}&path={key}", self.base)
+            }
+        }
     }
 
     /// Where the store that the server keeps it in can be asked for it.
@@ -92,7 +113,13 @@ impl Address {
 
     /// Where directories are listed.
     pub fn listing(&self) -> String {
-        format!("{}/artifacts", self.base)
+        match &self.run {
+            None => format!("{}/artifacts", self.base),
+            Some(run) => {
+                let run = encode(run);
+                format!("{}/api/2.0/mlflow/artifacts/list?run_id={run}", self.base)
+            }
+        }
     }
 
     /// What the server says of itself.
@@ -177,6 +204,10 @@ mod tests {
         assert!(!trusted);
         let name = format!("{own}/artifacts");
         assert_eq!(parsed(&name), (own, true, String::new()));
+        let run = Address::of_run(SERVER, "run");
+        let object = format!("{SERVER}/get-artifact?run_uuid=run&path=a%20b/c%2B");
+        assert_eq!(run.object("a b/c+"), object);
+        assert_eq!(run.server_info(), None);
         assert!(Address::parse("http://tracking:5000/files", Some(SERVER)).is_err());
         assert!(Address::parse("mlflow-artifacts:/1", None).is_err());
     }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::access::{Access, Failed};
 use super::address::check_name;
-use crate::store::{ListPage, ObjectMeta, PageStart, StoreResult};
+use crate::store::{ListPage, ObjectMeta, PageStart, StoreError, StoreResult};
 
 /// The longest key that is listed with all that is below a directory, bytes.
 const LONGEST_KEY: usize = 1024;
@@ -60,6 +60,13 @@ async fn directory(access: &Access, object: &str, path: &str) -> StoreResult<Vec
         .await;
     let answer = match answer {
         Err(failed) if failed.is(404) => return Ok(Vec::new()),
+        // It has no way to that store, or not all that it takes.
+        Err(failed) if access.address.run.is_some() && (failed.is(500) || failed.is(400)) => {
+            return Err(StoreError::Unsupported {
+                object: object.to_owned(),
+                detail: format!("nor can the tracking server: {}", failed.error),
+            });
+        }
         answer => answer?,
     };
     let prefix = match path {

@@ -72,6 +72,7 @@ pub(super) struct Reading {
 
 impl Reading {
     pub fn new(access: Access, wholes: Arc<Wholes>, metrics: Arc<StoreMetrics>) -> Self {
+        let is_of_run = access.address.run.is_some();
         Self {
             access,
             metrics,
@@ -79,8 +80,9 @@ impl Reading {
             deletes_exactly: OnceCell::new(),
             refused_presigned: Mutex::default(),
             presigned: Mutex::default(),
-            sends_wholes: AtomicBool::new(false),
-            is_known: AtomicBool::new(false),
+            // The server may fetch all of it, whatever is asked for.
+            sends_wholes: AtomicBool::new(is_of_run),
+            is_known: AtomicBool::new(is_of_run),
             probing: tokio::sync::Mutex::default(),
             wholes,
         }

@@ -96,7 +96,7 @@ impl RangeRequest {
             .send()
             .await;
         let answer = sent.map_err(|error| translate(self.object.to_string(), error))?;
-        let etag = answer.e_tag.as_deref().map(ETag::new);
+        let etag = answer.e_tag.as_deref().map(ETag::quoted);
         let length = u64::try_from(answer.content_length.unwrap_or(-1)).ok();
         let told = match answer.content_range.as_deref() {
             Some(text) => parse_content_range(text),

@@ -67,7 +67,9 @@ impl S3Client {
                     .connect_timeout(CONNECT_TIMEOUT)
                     .build(),
             );
-        if named.is_some() {
+        if let Some(region) = &settings.region {
+            loader = loader.region(Region::new(region.clone()));
+        } else if named.is_some() {
             // Who names an endpoint is not asked for a region: variables and profile are looked
             // at, the instance's metadata service is not.
             loader = loader.region(
@@ -96,7 +98,11 @@ impl S3Client {
                 .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
         }
         config = config
-            .http_client(Transport::new(Pace::new(metrics), settings.patience))
+            .http_client(Transport::new(
+                Pace::new(metrics),
+                settings.patience,
+                settings.authorities.as_deref(),
+            ))
             // The transport does it.
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .retry_classifier(Classifier)

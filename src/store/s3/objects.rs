@@ -56,7 +56,7 @@ impl S3Store {
             Some(ObjectMeta {
                 key: decode(object.key?),
                 size: u64::try_from(object.size.unwrap_or(0)).unwrap_or(0),
-                etag: object.e_tag.map(ETag::new),
+                etag: object.e_tag.as_deref().map(ETag::quoted),
                 modified: object.last_modified.as_ref().and_then(time),
             })
         });
@@ -85,7 +85,7 @@ impl S3Store {
         Ok(ObjectMeta {
             key: key.to_owned(),
             size: u64::try_from(answer.content_length().unwrap_or(0)).unwrap_or(0),
-            etag: answer.e_tag().map(ETag::new),
+            etag: answer.e_tag().map(ETag::quoted),
             modified: answer.last_modified().and_then(time),
         })
     }
@@ -146,7 +146,7 @@ impl S3Store {
             .map_err(|error| as_conflict(translate(self.object(key), error), condition))?;
         let size = payload.bytes.len() as u64;
         if answer.checksum_crc32_c().is_some() {
-            let etag = answer.e_tag().map(ETag::new);
+            let etag = answer.e_tag().map(ETag::quoted);
             return Ok(Stored {
                 etag,
                 size,
@@ -180,7 +180,7 @@ impl S3Store {
             return self.verify(target, source.size, None).await;
         };
         Ok(Stored {
-            etag: Some(ETag::new(etag)),
+            etag: Some(ETag::quoted(etag)),
             size: source.size,
             modified: result
                 .and_then(|result| result.last_modified())

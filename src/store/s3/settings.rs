@@ -1,9 +1,12 @@
 //! How S3 is reached: the variables that MLflow's users have set already.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
+
+use crate::http::innermost;
 
 /// Whether bodies are part of the signature. The signature needs a SHA-256 of the body (1.5 GB/s
 /// a core); over https the transport protects it, and the CRC32C guards against damage.
@@ -27,6 +30,8 @@ pub struct UploadArguments {
     pub request_payer: Option<String>,
 }
 
+const AUTHORITIES: &str = "AWS_CA_BUNDLE";
+
 /// A request may be without progress for this long unless `--close-timeout` says otherwise.
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
 
@@ -34,8 +39,12 @@ const PATIENCE: Duration = Duration::from_secs(15 * 60);
 pub struct S3Settings {
     /// `MLFLOW_S3_ENDPOINT_URL`; the SDK reads `AWS_ENDPOINT_URL` and `AWS_ENDPOINT_URL_S3`.
     pub endpoint: Option<String>,
+    /// Asked of nobody else, if it is told.
+    pub region: Option<String>,
     pub path_style: Option<bool>,
     pub anonymous: bool,
+    /// Certificates of authorities, as PEM; only these are trusted. `AWS_CA_BUNDLE`.
+    pub authorities: Option<Arc<[u8]>>,
     pub expected_bucket_owner: Option<String>,
     pub upload: UploadArguments,
     pub sign_payload: SignPayload,
@@ -48,8 +57,10 @@ impl Default for S3Settings {
     fn default() -> Self {
         Self {
             endpoint: None,
+            region: None,
             path_style: None,
             anonymous: false,
+            authorities: None,
             expected_bucket_owner: None,
             upload: UploadArguments::default(),
             sign_payload: SignPayload::default(),
@@ -117,14 +128,41 @@ impl S3Settings {
         };
         Ok(Self {
             endpoint,
+            region: None,
             path_style,
             anonymous,
+            authorities: authorities(set(AUTHORITIES))?,
             expected_bucket_owner: set("MLFLOW_S3_EXPECTED_BUCKET_OWNER"),
             upload: upload_arguments(set("MLFLOW_S3_UPLOAD_EXTRA_ARGS"))?,
             sign_payload,
             patience: PATIENCE,
         })
     }
+}
+
+/// What is in the file, if that are certificates.
+fn authorities(file: Option<String>) -> Result<Option<Arc<[u8]>>, SettingError> {
+    let Some(file) = file else {
+        return Ok(None);
+    };
+    let wrong = |detail: String| SettingError {
+        variable: AUTHORITIES,
+        detail: format!("{file}: {detail}"),
+    };
+    let pem = std::fs::read(&file).map_err(|error| wrong(error.to_string()))?;
+    let certificates = reqwest::Certificate::from_pem_bundle(&pem);
+    let certificates = certificates.map_err(|error| wrong(error.to_string()))?;
+    if certificates.is_empty() {
+        return Err(wrong(
+            "holds no certificate; it must be a PEM file".to_owned(),
+        ));
+    }
+    // The SDK panics where this fails.
+    let tried = reqwest::Client::builder()
+        .tls_certs_only(certificates)
+        .build();
+    tried.map_err(|error| wrong(innermost(&error)))?;
+    Ok(Some(pem.into()))
 }
 
 fn upload_arguments(text: Option<String>) -> Result<UploadArguments, SettingError> {
@@ -194,6 +232,8 @@ mod tests {
             ("MLFLOW_EXPERIMENTAL_S3_SIGNATURE_VERSION", "v2"),
             ("MLFLOW_S3_UPLOAD_EXTRA_ARGS", "{\"Colour\": \"red\"}"),
             ("MLFLOW_S3_UPLOAD_EXTRA_ARGS", "not json"),
+            (AUTHORITIES, "/no/such/file"),
+            (AUTHORITIES, "/dev/null"),
         ] {
             let error = settings(&[(name, value)]).unwrap_err();
             assert!(error.to_string().contains(name), "{error}");

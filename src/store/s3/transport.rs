@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_smithy_http_client::Builder;
-use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode};
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::connector_metadata::ConnectorMetadata;
 use aws_smithy_runtime_api::client::http::{
@@ -36,11 +36,20 @@ pub(super) struct Transport {
 }
 
 impl Transport {
-    /// No request is without progress for longer than `patience`.
-    pub fn new(pace: Arc<Pace>, patience: Duration) -> Self {
+    /// No request is without progress for longer than `patience`. Of `authorities`, as PEM, others than
+    /// the system's are trusted.
+    pub fn new(pace: Arc<Pace>, patience: Duration, authorities: Option<&[u8]>) -> Self {
         let provider = Provider::Rustls(CryptoMode::AwsLc);
+        let trusted = match authorities {
+            Some(pem) => TrustStore::empty().with_pem_certificate(pem),
+            None => TrustStore::default(),
+        };
+        let context = TlsContext::builder().with_trust_store(trusted).build();
         Self {
-            inner: Builder::new().tls_provider(provider).build_https(),
+            inner: Builder::new()
+                .tls_provider(provider)
+                .tls_context(context.unwrap_or_default())
+                .build_https(),
             pace,
             patience,
         }
