@@ -1,5 +1,5 @@
 """One file of 1 GiB written and read through mlfs and by MLflow's own client, on the same servers in
-the same run: one whose clients reach S3 by themselves, and two that proxy artifacts."""
+the same run: two whose clients reach S3 or Azure by themselves, and two that proxy artifacts."""
 
 import os
 import pathlib
@@ -86,6 +86,10 @@ def main():
         for name, how in (
                 ("direct, S3", ("--default-artifact-root", "s3://mlflow/{}",
                                 "--no-serve-artifacts")),
+                ("direct, Azure's emulator",
+                 ("--default-artifact-root",
+                  "wasbs://mlflow@devstoreaccount1.blob.core.windows.net/{}",
+                  "--no-serve-artifacts")),
                 ("proxied, directory", ("--artifacts-destination", "{}/artifacts")),
                 ("proxied, S3", ("--artifacts-destination", "s3://mlflow/{}"))):
             with tempfile.TemporaryDirectory() as folder:

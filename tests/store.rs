@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use futures_util::future::join_all;
-use mlfs::store::s3::S3Settings;
+use mlfs::store::s3::{S3Settings, SignPayload};
 use mlfs::store::{
     Condition, ETag, PageStart, Payload, Store, StoreError, StoreResult, Stores, checksum::crc32c,
 };
@@ -138,10 +138,14 @@ struct Case {
 impl Case {
     async fn new(call: Call, patience: Option<Duration>) -> Self {
         let lab = server().await;
+        let store = store(&lab, patience).await;
+        Self::over(call, lab, store).await
+    }
+
+    async fn over(call: Call, lab: S3Server, store: Arc<dyn Store>) -> Self {
         for key in ["a", "b", "source"] {
             lab.put(BUCKET, key, payload().bytes);
         }
-        let store = store(&lab, patience).await;
         let upload = store.create_multipart("target").await.unwrap();
         store
             .upload_part("target", &upload, 1, payload())
@@ -495,4 +499,32 @@ async fn a_completion_is_recognised_by_its_parts_whatever_the_stores_clock_says(
     complete_over(options, vec![Fault::DoThenFail], "new", always)
         .await
         .unwrap();
+}
+
+/// `MLFLOW_S3_UPLOAD_EXTRA_ARGS` says who pays, and means all requests.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_pays_for_every_request_where_that_is_told() {
+    for call in CALLS {
+        let lab = server_with(ServerOptions {
+            requester_pays: true,
+            ..ServerOptions::default()
+        });
+        let lab = lab.await;
+        let told = "{\"RequestPayer\": \"requester\"}";
+        let endpoint = lab.endpoint();
+        let variable = |name: &str| match name {
+            "MLFLOW_S3_UPLOAD_EXTRA_ARGS" => Some(told.to_owned()),
+            "MLFLOW_S3_ENDPOINT_URL" => Some(endpoint.clone()),
+            "MLFLOW_EXPERIMENTAL_S3_SIGNATURE_VERSION" => Some("unsigned".to_owned()),
+            _ => None,
+        };
+        let settings = S3Settings::from_variables(variable, SignPayload::default()).unwrap();
+        let located = Stores::new(settings)
+            .locate(&format!("s3://{BUCKET}"))
+            .await;
+        let case = Case::over(call, lab, located.unwrap().store).await;
+        let outcome = case.run().await;
+        assert!(outcome.is_ok(), "{call:?}: {outcome:?}");
+        assert!(case.is_done(), "{call:?}");
+    }
 }

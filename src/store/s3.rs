@@ -93,8 +93,7 @@ impl S3Store {
     }
 
     fn payer(&self) -> Option<RequestPayer> {
-        let payer = self.client.settings.upload.request_payer.as_deref();
-        payer.map(RequestPayer::from)
+        self.client.payer()
     }
 
     /// Sends a body: again when it arrives damaged, and without a checksum header where the store

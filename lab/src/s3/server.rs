@@ -38,6 +38,8 @@ pub struct ServerOptions {
     pub connection_rate: Option<u64>,
     /// Refuse requests that do not name the access key.
     pub verify_auth: bool,
+    /// Refuse requests that do not say that their sender pays.
+    pub requester_pays: bool,
     pub auto_create_buckets: bool,
     /// Count and checksum what is uploaded, and forget it.
     pub discard_bodies: bool,
@@ -57,6 +59,7 @@ impl Default for ServerOptions {
             first_byte: Duration::ZERO,
             connection_rate: None,
             verify_auth: true,
+            requester_pays: false,
             auto_create_buckets: true,
             discard_bodies: false,
             minimum_part_size: 5 << 20,
@@ -345,6 +348,10 @@ async fn serve(
     }
     if shared.options.verify_auth && !is_authorised(asked) {
         return Ok(Failure(403, "InvalidAccessKeyId".to_owned()).answer());
+    }
+    let pays = asked.header("x-amz-request-payer") == Some("requester");
+    if shared.options.requester_pays && !pays {
+        return Ok(Failure(403, "AccessDenied".to_owned()).answer());
     }
     let mut damage = Damage::default();
     match &fault {

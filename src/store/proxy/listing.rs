@@ -58,15 +58,19 @@ async fn directory(access: &Access, object: &str, path: &str) -> StoreResult<Vec
     let answer: Result<Answer, Failed> = access
         .ask(object, |client| client.get(&url).query(&[("path", path)]))
         .await;
+    let is_of_run = access.address.run.is_some();
     let answer = match answer {
-        Err(failed) if failed.is(404) => return Ok(Vec::new()),
-        // It has no way to that store, or not all that it takes.
-        Err(failed) if access.address.run.is_some() && (failed.is(500) || failed.is(400)) => {
+        // It has no way to that store, or not all that it takes, or is no such server.
+        Err(failed)
+            if is_of_run
+                && (failed.is(500) || failed.is(400) || failed.is(404) && path.is_empty()) =>
+        {
             return Err(StoreError::Unsupported {
                 object: object.to_owned(),
                 detail: format!("nor can the tracking server: {}", failed.error),
             });
         }
+        Err(failed) if failed.is(404) => return Ok(Vec::new()),
         answer => answer?,
     };
     let prefix = match path {

@@ -93,6 +93,7 @@ impl RangeRequest {
             .range(format!("bytes={}-{}", range.start, range.end - 1))
             .set_if_match(self.version.as_ref().map(|etag| etag.as_str().to_owned()))
             .set_expected_bucket_owner(self.client.settings.expected_bucket_owner.clone())
+            .set_request_payer(self.client.payer())
             .send()
             .await;
         let answer = sent.map_err(|error| translate(self.object.to_string(), error))?;

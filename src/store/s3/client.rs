@@ -15,6 +15,7 @@ use aws_sdk_s3::config::retry::{RetryPartition, TokenBucket};
 use aws_sdk_s3::config::{
     RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
 };
+use aws_sdk_s3::types::RequestPayer;
 use aws_types::service_config::ServiceConfigKey;
 
 use super::pace::Pace;
@@ -137,6 +138,12 @@ impl S3Client {
             unsigned_payload,
             checksums: AtomicBool::new(true),
         })
+    }
+
+    /// Who pays for requests, where that is not the bucket's owner.
+    pub(super) fn payer(&self) -> Option<RequestPayer> {
+        let payer = self.settings.upload.request_payer.as_deref();
+        payer.map(RequestPayer::from)
     }
 
     pub(super) fn checksums(&self) -> bool {

@@ -133,6 +133,7 @@ impl S3Store {
             .copy_source_range(format!("bytes={}-{}", range.start, range.end - 1))
             .set_copy_source_if_match(version.map(|etag| etag.as_str().to_owned()))
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await
             .map_err(|error| translate(self.object(source), error))?;
@@ -182,6 +183,7 @@ impl S3Store {
             .set_if_match(if_match)
             .set_if_none_match(if_none_match)
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await;
         let size = parts.iter().map(|part| part.size).sum();
@@ -210,6 +212,7 @@ impl S3Store {
             .key(key)
             .upload_id(upload_id)
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await;
         match sent.map_err(|error| translate(self.object(key), error)) {
@@ -236,6 +239,7 @@ impl S3Store {
                 .upload_id(upload_id)
                 .set_part_number_marker(marker)
                 .set_expected_bucket_owner(self.owner())
+                .set_request_payer(self.payer())
                 .send()
                 .await
                 .map_err(|error| translate(self.object(key), error))?;

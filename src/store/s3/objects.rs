@@ -45,6 +45,7 @@ impl S3Store {
             // Keys may hold characters that XML cannot.
             .encoding_type(EncodingType::Url)
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await
             .map_err(|error| translate(self.object(prefix), error))?;
@@ -79,6 +80,7 @@ impl S3Store {
             .bucket(&*self.bucket)
             .key(key)
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await
             .map_err(|error| translate(self.object(key), error))?;
@@ -171,6 +173,7 @@ impl S3Store {
             .copy_source(copy_source(&self.bucket, &source.key))
             .set_copy_source_if_match(source.etag.as_ref().map(|etag| etag.as_str().to_owned()))
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await
             .map_err(|error| translate(self.object(&source.key), error))?;
@@ -198,6 +201,7 @@ impl S3Store {
                 .bucket(&*self.bucket)
                 .key(key)
                 .set_expected_bucket_owner(self.owner())
+                .set_request_payer(self.payer())
                 .send()
                 .await;
             return match sent.map_err(|error| translate(self.object(key), error)) {
@@ -234,6 +238,7 @@ impl S3Store {
             .bucket(&*self.bucket)
             .delete(delete)
             .set_expected_bucket_owner(self.owner())
+            .set_request_payer(self.payer())
             .send()
             .await
             .map_err(|error| translate(self.name.clone(), error))?;
