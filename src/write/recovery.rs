@@ -202,7 +202,11 @@ impl Leftover {
         let held = self.held_parts(store).await?;
         let spent = match (&self.replayed.upload, &self.replayed.spent) {
             // It still is what was to be spent.
-            (Some((key, _)), Some(spent)) if held.is_some() && *key == spent.key => None,
+            (Some((key, _)), Some(spent))
+                if held.is_some() && store.capabilities().list_parts && *key == spent.key =>
+            {
+                None
+            }
             _ => self.spent(store, &manifest).await?,
         };
         let geometry = Geometry::of(manifest.part_size, manifest.joint);

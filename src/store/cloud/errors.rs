@@ -48,7 +48,9 @@ pub(super) fn translate(object: String, error: Error) -> StoreError {
         (_, Error::NotSupported { .. } | Error::NotImplemented { .. }) => {
             StoreError::Unsupported { object, detail }
         }
-        _ if is_about_credentials(&text) => StoreError::Unauthenticated { object, detail },
+        _ if is_about_credentials(&text) && matches!(status, Some(400..=403)) => {
+            StoreError::Unauthenticated { object, detail }
+        }
         _ => match status {
             Some(413) => StoreError::TooLarge { object, detail },
             Some(501) => StoreError::Unsupported { object, detail },

@@ -165,23 +165,14 @@ impl CloudStore {
         });
         let id = upload_id.to_owned();
         let completed = self.backend.complete_multipart(&path, &id, ids.collect());
-        let failure = match completed.await {
+        match completed.await {
             Ok(made) => {
                 let made = made.e_tag.as_deref().map(ETag::quoted);
-                return self.verify(key, size, made).await;
+                self.verify(key, size, made).await
             }
-            Err(error) => self.of_upload(key, error),
-        };
-        // Sent twice, since the first answer was lost, it fails: the parts are an object already.
-        match &failure {
-            StoreError::UploadGone { object, .. } => match self.head_of(key).await? {
-                Some(meta) if meta.size == size && meta.etag != before => {
-                    tracing::info!(object, "completed already, as it seems: answered late");
-                    Ok(stored(meta))
-                }
-                _ => Err(failure),
-            },
-            _ => Err(failure),
+            // Sent twice, since the first answer was lost, it fails too: whether what is there is ours
+            // cannot be told from its size.
+            Err(error) => Err(self.of_upload(key, error)),
         }
     }
 
