@@ -170,6 +170,13 @@ pub struct Capabilities {
     pub local: bool,
 }
 
+/// The type that MLflow's own client would tell for a file of this name.
+fn content_type(key: &str) -> String {
+    mime_guess::from_path(key)
+        .first_or_octet_stream()
+        .to_string()
+}
+
 /// An object store. Every call retries what can be retried, within bounds, before it fails.
 #[async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {

@@ -330,7 +330,17 @@ impl Store for CloudStore {
     }
 
     async fn copy(&self, source: &ObjectMeta, target: &str) -> StoreResult<Stored> {
-        let found = self.head(&source.key).await?;
+        let found = match self.head(&source.key).await {
+            // What marks a directory lost its slash in the listing: there is nothing to copy.
+            Err(StoreError::NotFound { .. }) if source.size == 0 => {
+                return Ok(Stored {
+                    etag: source.etag.clone(),
+                    size: 0,
+                    modified: source.modified,
+                });
+            }
+            found => found?,
+        };
         if source.etag.is_some() && found.etag != source.etag || found.size != source.size {
             return Err(StoreError::Changed {
                 object: self.object(&source.key),

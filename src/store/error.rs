@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use super::Condition;
+
 pub type StoreResult<T> = Result<T, StoreError>;
 
 /// A store's failure. `object` is `<store name>/<key>`; `detail` holds no secrets and no query
@@ -60,6 +62,19 @@ impl StoreError {
             | Self::Corrupt { .. }
             | Self::Unavailable { .. }
             | Self::Other { .. } => libc::EIO,
+        }
+    }
+
+    /// A condition of ours that failed is a conflict of writers.
+    pub(super) fn under(self, condition: &Condition) -> Self {
+        match self {
+            Self::Changed { object } if *condition != Condition::Always => {
+                Self::Conflict { object }
+            }
+            Self::NotFound { object } if matches!(condition, Condition::IfMatch(_)) => {
+                Self::Conflict { object }
+            }
+            error => error,
         }
     }
 

@@ -212,8 +212,10 @@ impl Stores {
 
     async fn client(&self, uri: &S3Uri) -> Arc<S3Client> {
         let settings = uri.settings(&self.settings.s3);
-        let named = settings.endpoint.clone();
-        let named = named.filter(|_| settings.endpoint != self.settings.s3.endpoint);
+        let named = uri
+            .names_endpoint()
+            .then(|| settings.endpoint.clone())
+            .flatten();
         let mut clients = self.clients.lock().await;
         if let Some(client) = clients.get(&named) {
             return Arc::clone(client);
@@ -238,8 +240,40 @@ pub(super) fn without_credentials(uri: &str) -> String {
             let _ = url.set_password(None);
             let _ = url.set_username("");
             url.set_query(None);
+            url.set_fragment(None);
             url.to_string()
         }
-        Err(_) => uri.split(['?', '@']).next().unwrap_or_default().to_owned(),
+        Err(_) => {
+            let scheme = uri.split_once("://").map_or("", |(scheme, _)| scheme);
+            let shown = match uri.rsplit_once('@') {
+                Some((_, rest)) => format!("{scheme}://{rest}"),
+                None => uri.to_owned(),
+            };
+            shown
+                .split(['?', '#'])
+                .next()
+                .unwrap_or_default()
+                .to_owned()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_credentials;
+
+    #[test]
+    fn no_password_is_shown_whatever_else_is_wrong_with_a_uri() {
+        for uri in [
+            "ftp://user:secret@host/x",
+            "ftp://user:se/cret@host/x",
+            "ftp://user:secret@host:port/x?secret#secret",
+            "http://host/x?sig=secret",
+            "http://host/x#secret",
+        ] {
+            let shown = without_credentials(uri);
+            assert!(!shown.contains("cret") && shown.contains("host"), "{shown}");
+        }
+        assert_eq!(without_credentials("odd:a b"), "odd:a b");
     }
 }

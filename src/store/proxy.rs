@@ -89,17 +89,12 @@ impl ProxyStore {
         metrics: Arc<StoreMetrics>,
     ) -> StoreResult<Self> {
         let name = address.name();
-        let stranger = Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .redirect(redirect::Policy::none())
-            .referer(false)
-            .user_agent(concat!("mlfs/", env!("CARGO_PKG_VERSION")))
-            .build();
-        let stranger = stranger.map_err(|error| StoreError::Other {
-            object: name.clone(),
-            detail: error.to_string(),
-        })?;
         let courier = settings.courier.clone();
+        let stranger = match &courier {
+            // What the server gives out of one run comes from the server alone.
+            Some(courier) if address.run.is_some() => courier.client().clone(),
+            _ => stranger(&name)?,
+        };
         let access = Access::new(address, courier, stranger, settings.patience);
         let wholes = Arc::new(Wholes::new(settings.folder.clone()));
         let reading = Reading::new(access.clone(), wholes, Arc::clone(&metrics));
@@ -148,6 +143,20 @@ impl ProxyStore {
         };
         upload.put(key, &self.object(key), &body).await
     }
+}
+
+/// A client for hosts that must not be told who we are.
+fn stranger(name: &str) -> StoreResult<Client> {
+    let client = Client::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .redirect(redirect::Policy::none())
+        .referer(false)
+        .user_agent(concat!("mlfs/", env!("CARGO_PKG_VERSION")))
+        .build();
+    client.map_err(|error| StoreError::Other {
+        object: name.to_owned(),
+        detail: error.to_string(),
+    })
 }
 
 /// A body that is in memory.

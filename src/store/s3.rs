@@ -25,7 +25,7 @@ use futures_util::future::BoxFuture;
 use super::metrics::StoreMetrics;
 use super::{
     Capabilities, Condition, ETag, ListPage, ObjectMeta, PageStart, PartReceipt, Payload,
-    RangeBody, Store, StoreError, StoreResult, Stored,
+    RangeBody, Store, StoreError, StoreResult, Stored, content_type,
 };
 use body::RangeRequest;
 
@@ -64,13 +64,6 @@ macro_rules! with_upload_arguments {
     }};
 }
 use with_upload_arguments;
-
-/// The type that MLflow's own client would tell for a file of this name.
-fn content_type(key: &str) -> String {
-    mime_guess::from_path(key)
-        .first_or_octet_stream()
-        .to_string()
-}
 
 impl S3Store {
     pub(super) fn new(client: Arc<S3Client>, uri: &S3Uri, metrics: Arc<StoreMetrics>) -> Self {

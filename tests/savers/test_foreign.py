@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from models import MIB
 from servers import Server, free_port
-from test_proxied import MIB
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,15 @@
 """Runs whose artifacts an MLflow server proxies: from a directory of its own, and from S3."""
 
 import errno
-import hashlib
 import os
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from models import MIB, SMALL, check_what_is_saved
 from servers import Server
-
-MIB = 1 << 20
-# So little that a model does not fit.
-SMALL = ("--memory", "64MiB", "--part-size", "5MiB", "--close-timeout", "30s")
-
 
 @pytest.fixture(scope="module", params=["directory", "s3"])
 def proxied(request, tmp_path_factory):
@@ -27,32 +22,8 @@ def proxied(request, tmp_path_factory):
     proxied.stop()
 
 
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def test_what_is_saved_is_what_mlflow_downloads(proxied):
-    folder = proxied.run / "model"
-    folder.mkdir()
-    tensors = {f"layer{index}": np.full((MIB,), index, np.float32) for index in range(24)}
-    save_file(tensors, folder / "model.safetensors")
-    np.savez(folder / "arrays.npz", one=np.arange(MIB), two=np.ones(5))
-    (folder / "a note ü+b.txt").write_text("small")
-    (folder / "nothing").touch()
-    # Larger than all memory that the mount may take.
-    noise = np.random.default_rng(1).bytes(100 * MIB)
-    (folder / "large.bin").write_bytes(noise)
-    proxied.cold(*SMALL)
-    folder = proxied.run / "model"
-    names = ["a note ü+b.txt", "arrays.npz", "large.bin", "model.safetensors", "nothing"]
-    assert sorted(os.listdir(folder)) == names
-    for name in names:
-        assert digest(proxied.download(f"model/{name}")) == digest(folder / name), name
-    assert (load_file(folder / "model.safetensors")["layer23"] == 23).all()
-    assert (folder / "large.bin").read_bytes() == noise
-    assert np.load(folder / "arrays.npz")["one"][-1] == MIB - 1
-    assert (folder / "nothing").stat().st_size == 0
+    check_what_is_saved(proxied)
 
 
 def test_what_mlflow_logs_is_there_and_one_tensor_of_it_costs_what_it_must(proxied):

@@ -38,6 +38,8 @@ pub struct ServerOptions {
     pub connection_rate: Option<u64>,
     /// Refuse requests that do not name the access key.
     pub verify_auth: bool,
+    /// Refuse data without Google's checksum.
+    pub wants_hashes: bool,
     /// Refuse requests that do not say that their sender pays.
     pub requester_pays: bool,
     pub auto_create_buckets: bool,
@@ -59,6 +61,7 @@ impl Default for ServerOptions {
             first_byte: Duration::ZERO,
             connection_rate: None,
             verify_auth: true,
+            wants_hashes: false,
             requester_pays: false,
             auto_create_buckets: true,
             discard_bodies: false,
@@ -348,6 +351,10 @@ async fn serve(
     }
     if shared.options.verify_auth && !is_authorised(asked) {
         return Ok(Failure(403, "InvalidAccessKeyId".to_owned()).answer());
+    }
+    let has_data = matches!(kind, Kind::Put | Kind::UploadPart) && !body.is_empty();
+    if shared.options.wants_hashes && has_data && asked.header("x-goog-hash").is_none() {
+        return Ok(Failure(400, "MissingDigest".to_owned()).answer());
     }
     let pays = asked.header("x-amz-request-payer") == Some("requester");
     if shared.options.requester_pays && !pays {

@@ -12,8 +12,9 @@ use std::time::Duration;
 use object_store::azure::{MicrosoftAzure, MicrosoftAzureBuilder};
 use percent_encoding::percent_decode_str;
 
-use super::transport::Transport;
+use super::transport::{Transport, finds};
 use super::{CloudStore, Kind, PATIENCE};
+use crate::store::location::without_credentials;
 use crate::store::metrics::StoreMetrics;
 use crate::store::{StoreError, StoreResult};
 
@@ -107,7 +108,7 @@ impl AzureSettings {
         let builder = MicrosoftAzureBuilder::new()
             .with_container_name(&uri.container)
             .with_retry(transport.retries())
-            .with_http_connector(transport.clone())
+            .with_http_connector(transport)
             .with_disable_tagging(true);
         let builder = match (
             uri.is_lake,
@@ -127,10 +128,7 @@ impl AzureSettings {
             (false, None, Some(key)) => builder.with_access_key(key),
             _ => match self.get(SAS_TOKEN).filter(|_| uri.is_lake) {
                 Some(signature) => with_signature(builder, signature),
-                None => {
-                    self.with_default_credential(builder, &transport, &uri.name())
-                        .await?
-                }
+                None => self.with_default_credential(builder, &uri.name()).await?,
             },
         };
         let built = builder
@@ -155,7 +153,6 @@ impl AzureSettings {
     async fn with_default_credential(
         &self,
         mut builder: MicrosoftAzureBuilder,
-        transport: &Transport,
         name: &str,
     ) -> StoreResult<MicrosoftAzureBuilder> {
         if let Some(host) = self.get(AUTHORITY_HOST) {
@@ -178,7 +175,7 @@ impl AzureSettings {
         if let Some(endpoint) = told {
             return Ok(builder.with_msi_endpoint(endpoint));
         }
-        if transport.finds(METADATA, ("Metadata", "true")).await {
+        if finds(METADATA, ("Metadata", "true"), None).await {
             return Ok(builder);
         }
         let folders = self.get("PATH").unwrap_or_default();
@@ -273,7 +270,7 @@ impl AzureUri {
     /// `InvalidName` for what MLflow does not take either.
     pub fn parse(uri: &str) -> StoreResult<Self> {
         let invalid = |detail: &str| StoreError::InvalidName {
-            object: uri.to_owned(),
+            object: without_credentials(uri),
             detail: detail.to_owned(),
         };
         let (scheme, rest) = uri.split_once("://").unwrap_or_default();

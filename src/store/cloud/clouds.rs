@@ -3,13 +3,18 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokio::sync::{Mutex, OnceCell};
+use parking_lot::Mutex;
+use tokio::sync::OnceCell;
 
+use super::CloudStore;
 use super::azure::{AzureSettings, AzureUri};
 use super::google::{GoogleSettings, GoogleUri};
 use super::transport::{Kind, Transport};
 use crate::store::metrics::StoreMetrics;
 use crate::store::{Location, Store, StoreResult};
+
+/// A store, once somebody has opened it.
+type Opened = Arc<OnceCell<Arc<dyn Store>>>;
 
 /// Opens stores of Azure's and Google's by URI.
 #[derive(Debug)]
@@ -18,7 +23,8 @@ pub(in crate::store) struct Clouds {
     google: GoogleSettings,
     azure_transport: OnceCell<Transport>,
     google_transport: OnceCell<Transport>,
-    stores: Mutex<HashMap<String, Arc<dyn Store>>>,
+    /// By name; who opens one keeps nobody from another.
+    stores: Mutex<HashMap<String, Opened>>,
     metrics: Arc<StoreMetrics>,
 }
 
@@ -40,20 +46,13 @@ impl Clouds {
     /// `InvalidName` for a malformed URI; `Unauthenticated` without credentials.
     pub async fn azure(&self, uri: &str) -> StoreResult<Location> {
         let uri = AzureUri::parse(uri)?;
-        let mut stores = self.stores.lock().await;
-        let store = match stores.get(&uri.name()) {
-            Some(store) => Arc::clone(store),
-            None => {
-                let shared = self
-                    .azure_transport
-                    .get_or_try_init(async || Transport::new(self.azure.patience(), Kind::Azure));
-                let transport = shared.await?.clone();
-                let opened = self.azure.open(&uri, transport, Arc::clone(&self.metrics));
-                let store: Arc<dyn Store> = Arc::new(opened.await?);
-                stores.insert(uri.name(), Arc::clone(&store));
-                store
-            }
+        let make = async || Transport::new(self.azure.patience(), Kind::Azure);
+        let open = async || {
+            let transport = self.azure_transport.get_or_try_init(make).await?.clone();
+            let metrics = Arc::clone(&self.metrics);
+            self.azure.open(&uri, transport, metrics).await
         };
+        let store = self.store(uri.name(), open).await?;
         Ok(Location {
             store,
             prefix: uri.prefix,
@@ -66,23 +65,29 @@ impl Clouds {
     /// `InvalidName` for a malformed URI; `Unauthenticated` for credentials that cannot be used.
     pub async fn google(&self, uri: &str) -> StoreResult<Location> {
         let uri = GoogleUri::parse(uri)?;
-        let mut stores = self.stores.lock().await;
-        let store = match stores.get(&uri.name()) {
-            Some(store) => Arc::clone(store),
-            None => {
-                let shared = self
-                    .google_transport
-                    .get_or_try_init(async || Transport::new(self.google.patience(), Kind::Google));
-                let transport = shared.await?.clone();
-                let opened = self.google.open(&uri, transport, Arc::clone(&self.metrics));
-                let store: Arc<dyn Store> = Arc::new(opened.await?);
-                stores.insert(uri.name(), Arc::clone(&store));
-                store
-            }
+        let make = async || Transport::new(self.google.patience(), Kind::Google);
+        let open = async || {
+            let transport = self.google_transport.get_or_try_init(make).await?.clone();
+            let metrics = Arc::clone(&self.metrics);
+            self.google.open(&uri, transport, metrics).await
         };
+        let store = self.store(uri.name(), open).await?;
         Ok(Location {
             store,
             prefix: uri.prefix,
         })
+    }
+
+    async fn store(
+        &self,
+        name: String,
+        open: impl AsyncFnOnce() -> StoreResult<CloudStore>,
+    ) -> StoreResult<Arc<dyn Store>> {
+        let cell = Arc::clone(self.stores.lock().entry(name).or_default());
+        let opened = cell.get_or_try_init(async || {
+            let store: Arc<dyn Store> = Arc::new(open().await?);
+            Ok(store)
+        });
+        opened.await.map(Arc::clone)
     }
 }

@@ -52,6 +52,12 @@ pub(super) fn translate(object: String, error: Error) -> StoreError {
             StoreError::Unauthenticated { object, detail }
         }
         _ => match status {
+            // Listings, batches and completions are not told apart.
+            Some(401) => StoreError::Unauthenticated { object, detail },
+            Some(403) => StoreError::PermissionDenied { object, detail },
+            Some(404) => StoreError::NotFound { object },
+            Some(409) => StoreError::Conflict { object },
+            Some(412) => StoreError::Changed { object },
             Some(413) => StoreError::TooLarge { object, detail },
             Some(501) => StoreError::Unsupported { object, detail },
             Some(408 | 429 | 500..=599) | None => StoreError::Unavailable { object, detail },
@@ -75,7 +81,9 @@ fn is_about_credentials(text: &str) -> bool {
 
 /// The status that the store answered with.
 fn status(text: &str) -> Option<u16> {
-    let (_, rest) = text.split_once("status code: ")?;
+    // The second is what a part of a batch was answered with.
+    let signs = ["status code: ", "(code: "];
+    let (_, rest) = signs.iter().find_map(|sign| text.split_once(sign))?;
     rest.get(..3)?.parse().ok()
 }
 
@@ -122,6 +130,18 @@ mod tests {
         assert!(generic("connection reset").is_transient());
         let bad = "Server returned non-2xx status code: 400 Bad Request: ";
         assert!(matches!(generic(bad), StoreError::Other { .. }));
+        let forbidden = "Server returned non-2xx status code: 403 Forbidden: ";
+        assert!(matches!(
+            generic(forbidden),
+            StoreError::PermissionDenied { .. }
+        ));
+        let of_batch = "Got a failed request (code: 403, reason: LeaseIdMissing)";
+        assert!(matches!(
+            generic(of_batch),
+            StoreError::PermissionDenied { .. }
+        ));
+        let passing = "Error performing token request: connection refused";
+        assert!(generic(passing).is_transient());
         let token = "Error performing token request: status code: 400 Bad Request";
         assert!(matches!(generic(token), StoreError::Unauthenticated { .. }));
     }

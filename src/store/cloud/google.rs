@@ -11,7 +11,7 @@ use std::time::Duration;
 use object_store::StaticCredentialProvider;
 use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder};
 
-use super::transport::Transport;
+use super::transport::{Transport, finds};
 use super::{CloudStore, Kind, PATIENCE};
 use crate::store::metrics::StoreMetrics;
 use crate::store::{StoreError, StoreResult};
@@ -83,12 +83,12 @@ impl GoogleSettings {
         let builder = GoogleCloudStorageBuilder::new()
             .with_bucket_name(&uri.bucket)
             .with_retry(transport.retries())
-            .with_http_connector(transport.clone());
+            .with_http_connector(transport);
         let is_kept = self.kept.as_ref().is_some_and(|file| file.is_file());
         let builder = match (&self.endpoint, &self.credentials) {
             (Some(endpoint), _) => as_anybody(builder.with_base_url(endpoint)),
             (None, Some(file)) => builder.with_application_credentials(file.to_string_lossy()),
-            (None, None) if is_kept || self.is_on_google(&transport).await => builder,
+            (None, None) if is_kept || self.is_on_google().await => builder,
             (None, None) => {
                 tracing::info!(
                     bucket = uri.name(),
@@ -116,10 +116,11 @@ impl GoogleSettings {
         })
     }
 
-    async fn is_on_google(&self, transport: &Transport) -> bool {
+    async fn is_on_google(&self) -> bool {
         let host = self.metadata.as_deref().unwrap_or(METADATA);
         let url = format!("http://{host}/computeMetadata/v1/");
-        transport.finds(&url, ("Metadata-Flavor", "Google")).await
+        let flavour = ("Metadata-Flavor", "Google");
+        finds(&url, flavour, Some(flavour)).await
     }
 }
 

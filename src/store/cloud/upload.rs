@@ -2,7 +2,6 @@
 
 use std::time::SystemTime;
 
-use bytes::Bytes;
 use futures_util::TryStreamExt;
 use object_store::multipart::PartId;
 use object_store::{
@@ -10,9 +9,11 @@ use object_store::{
 };
 
 use super::{CloudStore, Kind, described};
+use crate::store::checksum::crc32c_update;
 use crate::store::metrics::Request;
 use crate::store::{
     Condition, ETag, ObjectMeta, PartReceipt, Payload, Store, StoreError, StoreResult, Stored,
+    content_type,
 };
 
 impl CloudStore {
@@ -22,6 +23,7 @@ impl CloudStore {
         payload: Payload,
         condition: Condition,
     ) -> StoreResult<Stored> {
+        let pieces = [(payload.bytes.len() as u64, payload.crc32c)];
         let path = self.path(key)?;
         let mode = self.mode(key, &condition).await?;
         self.metrics.count(Request::Put);
@@ -40,9 +42,9 @@ impl CloudStore {
                 size: payload.bytes.len() as u64,
                 modified: Some(SystemTime::now()),
             }),
-            Err(error) => match as_conflict(error, &condition) {
+            Err(error) => match error.under(&condition) {
                 StoreError::Conflict { object } => {
-                    let found = self.put_anyway(key, &payload).await;
+                    let found = self.written_anyway(key, &pieces).await;
                     found.ok_or(StoreError::Conflict { object })
                 }
                 error => Err(error),
@@ -62,7 +64,7 @@ impl CloudStore {
             },
             Condition::IfMatch(wanted) => {
                 let found = self.ask(key).await;
-                let found = found.map_err(|error| as_conflict(error, condition))?;
+                let found = found.map_err(|error| error.under(condition))?;
                 if found.e_tag.as_deref().map(ETag::quoted).as_ref() != Some(wanted) {
                     return Err(StoreError::Conflict {
                         object: self.object(key),
@@ -77,24 +79,44 @@ impl CloudStore {
         Ok(PutMode::Update(version))
     }
 
-    /// What is there, if it is what was to be put: the condition is then broken by this very write,
-    /// whose answer was lost.
-    async fn put_anyway(&self, key: &str, payload: &Payload) -> Option<Stored> {
+    /// What is there, if it is made of bytes of these sizes and checksums, in order: what failed is then
+    /// this very write, whose answer was lost.
+    async fn written_anyway(&self, key: &str, pieces: &[(u64, u32)]) -> Option<Stored> {
         let meta = self.head(key).await.ok()?;
-        let size = payload.bytes.len() as u64;
+        let size = pieces.iter().map(|(size, _)| size).sum();
         if meta.size != size {
             return None;
         }
+        let mut pieces = pieces.iter().filter(|(size, _)| *size > 0);
         if size > 0 {
             let body = self.get(key, 0..size, meta.etag.as_ref()).await.ok()?;
-            let frames: Vec<Bytes> = body.frames.try_collect().await.ok()?;
-            if frames.concat() != payload.bytes {
-                return None;
+            let mut frames = body.frames;
+            let mut piece = pieces.next()?;
+            let (mut filled, mut crc) = (0, 0);
+            while let Some(mut frame) = frames.try_next().await.ok()? {
+                while !frame.is_empty() {
+                    let wanted = (piece.0 - filled).min(frame.len() as u64);
+                    let taken = frame.split_to(wanted as usize);
+                    crc = crc32c_update(crc, &taken);
+                    filled += wanted;
+                    if filled < piece.0 {
+                        continue;
+                    }
+                    if crc != piece.1 {
+                        return None;
+                    }
+                    match pieces.next() {
+                        Some(next) => piece = next,
+                        None if frame.is_empty() => break,
+                        None => return None,
+                    }
+                    (filled, crc) = (0, 0);
+                }
             }
         }
         tracing::info!(
             object = self.object(key),
-            "the condition is broken by this very write, answered late"
+            "it is there already: written by this very request, answered late"
         );
         Some(stored(meta))
     }
@@ -135,10 +157,12 @@ impl CloudStore {
             number,
             size,
             etag: ETag::new(part.content_id),
-            crc32c: None,
+            crc32c: Some(payload.crc32c),
         })
     }
 
+    /// Whatever fails, what is there may be what the parts are to become: then an attempt before has done
+    /// it, and its answer was lost.
     pub(super) async fn complete_upload(
         &self,
         key: &str,
@@ -146,12 +170,36 @@ impl CloudStore {
         parts: &[PartReceipt],
         condition: Condition,
     ) -> StoreResult<Stored> {
+        let outcome = self.try_complete(key, upload_id, parts, condition).await;
+        let is_done = match &outcome {
+            Err(StoreError::Conflict { .. } | StoreError::UploadGone { .. }) => {
+                let pieces = parts.iter().map(|part| Some((part.size, part.crc32c?)));
+                match pieces.collect::<Option<Vec<_>>>() {
+                    Some(pieces) => self.written_anyway(key, &pieces).await,
+                    None => None,
+                }
+            }
+            _ => None,
+        };
+        is_done.map_or(outcome, Ok)
+    }
+
+    async fn try_complete(
+        &self,
+        key: &str,
+        upload_id: &str,
+        parts: &[PartReceipt],
+        condition: Condition,
+    ) -> StoreResult<Stored> {
         let path = self.path(key)?;
-        let before = self.find_version(key).await?;
-        let is_kept = match &condition {
+        let found = match &condition {
+            Condition::Always => None,
+            _ => self.find(key).await?.map(|meta| meta.etag),
+        };
+        let is_kept = match condition {
             Condition::Always => true,
-            Condition::IfAbsent => before.is_none(),
-            Condition::IfMatch(etag) => before.as_ref() == Some(etag),
+            Condition::IfAbsent => found.is_none(),
+            Condition::IfMatch(etag) => found == Some(Some(etag)),
         };
         if !is_kept {
             return Err(StoreError::Conflict {
@@ -165,14 +213,18 @@ impl CloudStore {
         });
         let id = upload_id.to_owned();
         let completed = self.backend.complete_multipart(&path, &id, ids.collect());
-        match completed.await {
-            Ok(made) => {
-                let made = made.e_tag.as_deref().map(ETag::quoted);
-                self.verify(key, size, made).await
-            }
-            // Sent twice, since the first answer was lost, it fails too: whether what is there is ours
-            // cannot be told from its size.
-            Err(error) => Err(self.of_upload(key, error)),
+        let made = completed
+            .await
+            .map_err(|error| self.of_upload(key, error))?;
+        let made = made.e_tag.as_deref().map(ETag::quoted);
+        match self.verify(key, size, made.clone()).await {
+            // It was answered, so it is there.
+            Err(StoreError::Unavailable { .. }) if made.is_some() => Ok(Stored {
+                etag: made,
+                size,
+                modified: Some(SystemTime::now()),
+            }),
+            outcome => outcome,
         }
     }
 
@@ -184,18 +236,6 @@ impl CloudStore {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.failed(key)(error)),
         }
-    }
-
-    async fn head_of(&self, key: &str) -> StoreResult<Option<ObjectMeta>> {
-        match self.ask(key).await {
-            Ok(meta) => Ok(Some(described(meta))),
-            Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn find_version(&self, key: &str) -> StoreResult<Option<ETag>> {
-        Ok(self.head_of(key).await?.and_then(|meta| meta.etag))
     }
 
     /// Size and version of an object just made, compared with what was answered.
@@ -232,21 +272,6 @@ fn stored(meta: ObjectMeta) -> Stored {
     }
 }
 
-/// The type that MLflow's own client would tell for a file of this name.
 fn attributes(key: &str) -> Attributes {
-    let kind = mime_guess::from_path(key).first_or_octet_stream();
-    Attributes::from_iter([(Attribute::ContentType, kind.to_string())])
-}
-
-/// A condition of ours that failed is a conflict of writers.
-fn as_conflict(error: StoreError, condition: &Condition) -> StoreError {
-    match error {
-        StoreError::Changed { object } if *condition != Condition::Always => {
-            StoreError::Conflict { object }
-        }
-        StoreError::NotFound { object } if matches!(condition, Condition::IfMatch(_)) => {
-            StoreError::Conflict { object }
-        }
-        error => error,
-    }
+    Attributes::from_iter([(Attribute::ContentType, content_type(key))])
 }

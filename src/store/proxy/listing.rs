@@ -67,7 +67,11 @@ async fn directory(access: &Access, object: &str, path: &str) -> StoreResult<Vec
         {
             return Err(StoreError::Unsupported {
                 object: object.to_owned(),
-                detail: format!("nor can the tracking server: {}", failed.error),
+                // Its own words may quote the URI, with a password in it.
+                detail: match failed.status {
+                    Some(status) => format!("the tracking server has no way there: HTTP {status}"),
+                    None => "the tracking server has no way there".to_owned(),
+                },
             });
         }
         Err(failed) if failed.is(404) => return Ok(Vec::new()),

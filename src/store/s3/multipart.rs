@@ -12,7 +12,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::doubt::is_doubtful;
 use super::errors::translate;
-use super::wire::{as_conflict, copy_source, decode_crc, encode_crc, headers};
+use super::wire::{copy_source, decode_crc, encode_crc, headers};
 use super::{S3Store, content_type, with_upload_arguments};
 use crate::store::metrics::Request;
 use crate::store::{
@@ -191,7 +191,7 @@ impl S3Store {
             Ok(answer) => self.verify(key, size, answer.e_tag()).await,
             Err(error) => {
                 let doubtful = is_doubtful(&error);
-                let error = as_conflict(translate(self.object(key), error), &condition);
+                let error = translate(self.object(key), error).under(&condition);
                 if doubtful && self.completed_anyway(key, upload_id, parts, since).await {
                     tracing::info!(object = self.object(key), %error,
                         "the completion was answered with an error, but has taken place");

@@ -8,7 +8,7 @@ use aws_sdk_s3::types::{
 use std::time::SystemTime;
 
 use super::errors::translate;
-use super::wire::{as_conflict, copy_source, decode_key, encode_crc, headers, time};
+use super::wire::{copy_source, decode_key, encode_crc, headers, time};
 use super::{S3Store, content_type, with_upload_arguments};
 use crate::store::metrics::Request;
 use crate::store::{
@@ -145,7 +145,7 @@ impl S3Store {
         let answer = operation
             .send()
             .await
-            .map_err(|error| as_conflict(translate(self.object(key), error), condition))?;
+            .map_err(|error| translate(self.object(key), error).under(condition))?;
         let size = payload.bytes.len() as u64;
         if answer.checksum_crc32_c().is_some() {
             let etag = answer.e_tag().map(ETag::quoted);

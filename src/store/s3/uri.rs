@@ -3,6 +3,7 @@
 //! Sources: MLflow 3.17's `r2_artifact_repo.py` and `b2_artifact_repo.py`.
 
 use super::S3Settings;
+use crate::store::location::without_credentials;
 use crate::store::{StoreError, StoreResult};
 
 /// What R2 signs for, wherever a bucket is.
@@ -25,7 +26,7 @@ impl S3Uri {
     /// `InvalidName` without a bucket, or without the host that the scheme asks for.
     pub fn parse(uri: &str) -> StoreResult<Self> {
         let invalid = |detail: &str| StoreError::InvalidName {
-            object: uri.to_owned(),
+            object: without_credentials(uri),
             detail: detail.to_owned(),
         };
         let (scheme, rest) = uri.split_once("://").unwrap_or(("s3", uri));
@@ -47,6 +48,11 @@ impl S3Uri {
             host: host.map(str::to_owned),
             scheme: scheme.to_owned(),
         })
+    }
+
+    /// Whether the URI tells where the bucket is.
+    pub fn names_endpoint(&self) -> bool {
+        self.host.is_some()
     }
 
     /// How the bucket is reached: as all others, but for what the URI tells.

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
-use crate::store::{Condition, ETag, StoreError};
+use crate::store::{Condition, ETag};
 
 /// What stays as it is in the copy source header.
 const KEY: &AsciiSet = &NON_ALPHANUMERIC
@@ -28,19 +28,6 @@ pub(super) fn headers(condition: &Condition) -> (Option<String>, Option<String>)
         Condition::Always => (None, None),
         Condition::IfMatch(etag) => (Some(etag.as_str().to_owned()), None),
         Condition::IfAbsent => (None, Some("*".to_owned())),
-    }
-}
-
-/// A condition of ours that failed is a conflict of writers.
-pub(super) fn as_conflict(error: StoreError, condition: &Condition) -> StoreError {
-    match error {
-        StoreError::Changed { object } if *condition != Condition::Always => {
-            StoreError::Conflict { object }
-        }
-        StoreError::NotFound { object } if matches!(condition, Condition::IfMatch(_)) => {
-            StoreError::Conflict { object }
-        }
-        error => error,
     }
 }
 
