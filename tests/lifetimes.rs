@@ -209,3 +209,30 @@ fn a_file_is_there_at_every_moment_of_its_publication() {
         }
     }
 }
+
+/// A file that was made and closed is published while nobody waits for it: what changes its size
+/// meanwhile must not be lost with the draft that this ends.
+#[test]
+fn a_size_that_is_set_while_a_file_is_published_in_the_background_is_kept() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    let size = |path: &std::path::Path| fs::metadata(path).unwrap().len();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let mount = &mount;
+            scope.spawn(move || {
+                for round in 0..150 {
+                    let path = mount.at(&format!("file-{thread}-{round}"));
+                    drop(File::create(&path).unwrap());
+                    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+                    for wanted in [123_456, 567] {
+                        // SAFETY: a valid C string, and a number.
+                        assert_eq!(unsafe { libc::truncate(name.as_ptr(), wanted) }, 0);
+                        assert_eq!(size(&path), wanted as u64, "round {round}");
+                    }
+                    fs::remove_file(&path).unwrap();
+                }
+            });
+        }
+    });
+}

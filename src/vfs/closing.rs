@@ -203,11 +203,11 @@ impl Vfs {
                         self.finished(&Item::File(inode), true);
                         continue;
                     };
-                    file.state().publishing += 1;
+                    let publishing = file.begin_publishing();
                     let vfs = Arc::clone(self);
                     self.runtime.spawn(async move {
                         let done = vfs.publish_closed(inode, &file).await;
-                        file.state().publishing -= 1;
+                        drop(publishing);
                         vfs.finished(&Item::File(inode), done);
                         vfs.settle(inode, &file);
                     });

@@ -34,7 +34,7 @@ pub struct FileState {
     pub local_bytes: Option<Arc<std::fs::File>>,
     /// Open handles that may write.
     pub writers: usize,
-    /// Publications under way that no caller waits for.
+    /// Publications under way, but for closes.
     pub publishing: usize,
     /// It is on its way into the store, or there and not yet known to be: until the directory
     /// knows, its name counts as unpublished.
@@ -58,7 +58,23 @@ impl FileState {
     }
 }
 
+/// A publication under way. As long as it lives, the file's draft stays.
+#[derive(Debug)]
+pub(super) struct Publishing(Arc<File>);
+
+impl Drop for Publishing {
+    fn drop(&mut self) {
+        self.0.state().publishing -= 1;
+    }
+}
+
 impl File {
+    /// Begins a publication.
+    pub(super) fn begin_publishing(self: &Arc<Self>) -> Publishing {
+        self.state().publishing += 1;
+        Publishing(Arc::clone(self))
+    }
+
     pub fn new(published: Option<FileInfo>) -> Arc<Self> {
         let state = FileState {
             published,

@@ -370,6 +370,8 @@ impl Vfs {
         let file = self.file(inode)?;
         let target = self.target(inode).await?;
         check_store(&target.store)?;
+        // The draft may be one that is just being published, and must not go with that.
+        let publishing = file.begin_publishing();
         self.draft(&file, &target).truncate(size)?;
         let open = {
             let mut state = file.state();
@@ -378,8 +380,9 @@ impl Vfs {
         };
         if !open {
             self.close(inode, &file).await?;
-            self.settle(inode, &file);
         }
+        drop(publishing);
+        self.settle(inode, &file);
         Ok(())
     }
 
@@ -443,7 +446,7 @@ impl Vfs {
     }
 
     pub(super) fn publish_in_background(self: &Arc<Self>, inode: Inode, file: Arc<File>) {
-        file.state().publishing += 1;
+        let publishing = file.begin_publishing();
         let vfs = Arc::clone(self);
         self.runtime.spawn(async move {
             if let Err(error) = vfs.publish(inode, &file).await {
@@ -451,7 +454,7 @@ impl Vfs {
                     "not stored, and nobody waits for it: its bytes are kept; \
                      `mlfs unmount` will try again");
             }
-            file.state().publishing -= 1;
+            drop(publishing);
             vfs.settle(inode, &file);
         });
     }
