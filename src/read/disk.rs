@@ -111,6 +111,8 @@ pub(super) struct Disk {
     limit: u64,
     on: AtomicBool,
     open: Mutex<LruCache<String, Arc<Version>>>,
+    /// Held while a folder of a version is opened, removed for it is damaged, or made.
+    changing: Mutex<()>,
     queue: Queue,
     stored: AtomicU64,
     written: AtomicU64,
@@ -126,6 +128,7 @@ impl Disk {
             limit: options.size,
             on: AtomicBool::new(true),
             open: Mutex::new(LruCache::new(OPEN_VERSIONS)),
+            changing: Mutex::new(()),
             queue: Queue::new(queued),
             stored: AtomicU64::new(0),
             written: AtomicU64::new(0),
@@ -204,8 +207,14 @@ impl Disk {
 
     /// The open version, or the one on disk.
     fn version(&self, identity: &Identity) -> io::Result<Option<Arc<Version>>> {
-        if let Some(version) = self.open.lock().get(&identity.name) {
-            return Ok(Some(Arc::clone(version)));
+        let known = || self.open.lock().get(&identity.name).map(Arc::clone);
+        if let Some(version) = known() {
+            return Ok(Some(version));
+        }
+        // What is damaged is removed: nobody must have made it anew since it was looked at.
+        let _changing = self.changing.lock();
+        if let Some(version) = known() {
+            return Ok(Some(version));
         }
         let opened = Version::open(&self.root, identity)?;
         Ok(opened.map(|version| self.keep_open(identity, version)))

@@ -85,6 +85,7 @@ impl Writer<'_> {
                 return Ok(version);
             }
         }
+        let _changing = self.disk.changing.lock();
         let version = Version::create(&self.disk.root, identity)?;
         self.added(folder_usage(&self.disk.root, &identity.name)?);
         Ok(self.disk.keep_open(identity, version))
