@@ -129,7 +129,15 @@ fn breaks(way: Way) {
     };
     let (lab, link) = lab(way, options);
     let patience = if way == Way::Proxy { "5s" } else { "60s" };
-    let flags = ["--memory", "256MiB", "--close-timeout", patience];
+    // So few that each connection carries more than it can.
+    let flags = [
+        "--memory",
+        "256MiB",
+        "--transfers",
+        "4",
+        "--close-timeout",
+        patience,
+    ];
     let mounted = mount(&lab, &link, way, &flags);
     let outcome = write(&mounted, "model.bin", size);
     assert!(link.broken() > 0);
