@@ -15,6 +15,9 @@ use super::redact::redact;
 const LINES: usize = 1024;
 /// Bytes of a line; what is longer loses its end.
 const LONGEST_LINE: usize = 16 << 10;
+/// What fuser says at the level of errors though nothing failed: it answers a request's interruption
+/// with ENOSYS, and the kernel has no such request any more when its answer was quicker.
+const NO_ERROR: &[u8] = b"Failed to send FUSE reply: No such file or directory";
 /// How often a queue that is full is looked at, by who waits for its end.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -90,6 +93,9 @@ fn pass_on(lines: &Receiver<Item>, lost: &AtomicU64, mut output: impl Write) {
 /// One event: the formatter hands it over whole.
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if line.windows(NO_ERROR.len()).any(|part| part == NO_ERROR) {
+            return Ok(line.len());
+        }
         let item = if line.len() > LONGEST_LINE {
             Item::Line([&line[..LONGEST_LINE], " …\n".as_bytes()].concat())
         } else {
@@ -156,10 +162,13 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_waits_for_what_was_logged_before_it_and_hides_its_secrets() {
+    fn a_flush_waits_for_what_was_logged_before_it_without_secrets_and_without_what_is_no_error() {
         let (written, lines) = mpsc::channel();
         let (_, may) = mpsc::channel();
         let mut queue = Queue::start(Held { may, written }).unwrap();
+        let interrupted =
+            "ERROR Failed to send FUSE reply: No such file or directory (os error 2)\n";
+        queue.write_all(interrupted.as_bytes()).unwrap();
         queue.write_all(b"token=hunter2\n").unwrap();
         let long = vec![b'x'; 2 * LONGEST_LINE];
         queue.write_all(&long).unwrap();
