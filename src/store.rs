@@ -9,6 +9,7 @@ mod error;
 pub mod local;
 mod location;
 mod metrics;
+mod pieces;
 pub mod proxy;
 pub mod s3;
 
@@ -155,6 +156,9 @@ pub struct Capabilities {
     /// `copy_part` inside the store.
     pub copy_part: bool,
     pub list_parts: bool,
+    /// Parts may come to nothing before they are an object, and so may the way to send them: what was
+    /// sent is kept here until then. Whether there is [`Self::multipart`] may then change.
+    pub parts_expire: bool,
     /// `Condition` other than `Always` is honoured.
     pub conditional_put: bool,
     /// Smallest part but the last, bytes (5 MiB on S3).

@@ -16,6 +16,9 @@ use mlfs_lab::tracking::TrackingServer;
 
 use cases::*;
 
+/// Where MLflow's servers have the objects that they proxy.
+const ROUTES: &str = "/api/2.0/mlflow-artifacts/artifacts";
+
 /// Runs cases, each in a place of its own.
 macro_rules! run {
     ($stores:ident, $root:ident, $by:expr; $($case:ident),* $(,)?) => {$(
@@ -74,6 +77,20 @@ async fn conforms_as_a_proxy(stores: &Stores, root: &str) {
     );
 }
 
+/// One that has addresses for parts in the store behind it.
+async fn conforms_as_a_proxy_with_parts(stores: &Stores, root: &str) {
+    conforms_as_a_proxy(stores, root).await;
+    let location = stores.locate(root).await.unwrap();
+    Place { location, by: None }.learns_to_take_parts().await;
+    run!(
+        stores,
+        root,
+        None;
+        parts_in_any_order_make_an_object_that_nobody_sees_before,
+        an_upload_that_is_given_up_leaves_nothing,
+    );
+}
+
 fn stores(endpoint: Option<String>) -> Stores {
     Stores::new(S3Settings {
         endpoint,
@@ -103,9 +120,30 @@ async fn what_a_server_proxies() {
             wholes_only,
             ..Behaviour::default()
         });
-        let root = format!("{}/api/2.0/mlflow-artifacts/artifacts/root", lab.uri());
+        let root = format!("{}{ROUTES}/root", lab.uri());
         conforms_as_a_proxy(&stores(None), &root).await;
+        lab.artifacts().behave(Behaviour {
+            wholes_only,
+            parts: Some(lab.uri()),
+            ..Behaviour::default()
+        });
+        let root = format!("{}{ROUTES}/with-parts", lab.uri());
+        conforms_as_a_proxy_with_parts(&stores(None), &root).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs MLflow servers: scripts/test starts them"]
+async fn mlflow_proxying_a_directory() {
+    let root = root(&format!("{}{ROUTES}", variable("MLFLOW_PROXY_DIRECTORY")));
+    conforms_as_a_proxy(&stores(None), &root).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs MLflow servers: scripts/test starts them"]
+async fn mlflow_proxying_s3() {
+    let root = root(&format!("{}{ROUTES}", variable("MLFLOW_PROXY_S3")));
+    conforms_as_a_proxy_with_parts(&stores(None), &root).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -236,3 +236,27 @@ fn a_size_that_is_set_while_a_file_is_published_in_the_background_is_kept() {
         }
     });
 }
+
+/// The kernel tells of the end of a handle some time after close has returned: until then the file
+/// must not count as open.
+#[test]
+fn a_size_that_is_set_by_path_right_after_a_close_is_stored_when_that_returns() {
+    let lab = Lab::new();
+    let mount = lab.mount();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (lab, mount) = (&lab, &mount);
+            scope.spawn(move || {
+                let own = format!("file-{thread}");
+                let path = mount.at(&own);
+                let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+                for round in 0..200 {
+                    fs::write(&path, b"twenty bytes of text").unwrap();
+                    // SAFETY: a valid C string, and a number.
+                    assert_eq!(unsafe { libc::truncate(name.as_ptr(), 5) }, 0);
+                    assert_eq!(lab.stored(&own).unwrap(), b"twent", "round {round}");
+                }
+            });
+        }
+    });
+}

@@ -227,6 +227,170 @@ fn the_store_behind_the_server_is_read_where_it_can_be_reached() {
     lab.expect_log("cannot be reached from here");
 }
 
+/// A lab whose server has addresses for parts, as far as `change` leaves them.
+fn lab_with_parts(change: impl FnOnce(&mut Behaviour)) -> Lab {
+    let lab = lab(Behaviour::default());
+    let mut behaviour = Behaviour {
+        parts: Some(lab.tracking.uri()),
+        ..Behaviour::default()
+    };
+    change(&mut behaviour);
+    lab.tracking.artifacts().behave(behaviour);
+    lab
+}
+
+/// The paths of bodies that were sent: of parts, and of whole objects.
+fn sent(lab: &Lab) -> (usize, usize) {
+    let seen = lab.tracking.artifacts().seen("PUT");
+    let parts = seen.iter().filter(|seen| seen.path.starts_with("parts/"));
+    let parts = parts.count();
+    (parts, seen.len() - parts)
+}
+
+#[test]
+fn parts_go_straight_to_the_store_behind_the_server_while_a_file_is_written() {
+    let lab = lab_with_parts(|_| ());
+    let mut program = lab.program();
+    program.env("MLFLOW_TRACKING_TOKEN", "secret");
+    let mount = lab.mount_by(program, &["--memory", "64MiB", "--part-size", "5MiB"]);
+    // It is asked for when something is listed.
+    assert!(!mount.at("large").exists());
+    let content = noise(92 * MIB);
+    let mut file = fs::File::create(mount.at("large")).unwrap();
+    file.write_all(&content[..60 * MIB]).unwrap();
+    harness::wait_until("parts", || sent(&lab).0 >= 8);
+    assert!(lab.tracking.artifacts().get(&key("large")).is_none());
+    file.write_all(&content[60 * MIB..]).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
+    assert_eq!(sent(&lab), (19, 0));
+    assert!(fs::read(mount.at("large")).unwrap() == content);
+    assert_eq!(lab.tracking.artifacts().unfinished(), 0);
+    // What is written over, and what is appended to.
+    let mut file = fs::OpenOptions::new()
+        .append(true)
+        .open(mount.at("large"))
+        .unwrap();
+    file.write_all(b"and more").unwrap();
+    assert_eq!(close(file), 0);
+    let stored = lab.tracking.artifacts().get(&key("large")).unwrap();
+    assert!(stored[..92 * MIB] == content && &stored[92 * MIB..] == b"and more");
+    // Who we are is nobody else's business.
+    for seen in lab.tracking.artifacts().seen("PUT") {
+        let told = seen.authorization.is_some();
+        assert_eq!(told, !seen.path.starts_with("parts/"), "{}", seen.path);
+    }
+}
+
+#[test]
+fn parts_that_come_to_nothing_lose_nothing() {
+    // The first two arrive, then the addresses have become too old.
+    let lab = lab_with_parts(|_| ());
+    let mount = mount(&lab);
+    assert!(!mount.at("large").exists());
+    let content = noise(90 * MIB);
+    let mut file = fs::File::create(mount.at("large")).unwrap();
+    file.write_all(&content[..70 * MIB]).unwrap();
+    harness::wait_until("parts", || sent(&lab).0 >= 10);
+    lab.tracking.artifacts().behave(Behaviour {
+        parts: Some(lab.tracking.uri()),
+        instead_of_parts: [403; 100].into(),
+        ..Behaviour::default()
+    });
+    file.write_all(&content[70 * MIB..]).unwrap();
+    assert_eq!(close(file), 0);
+    assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
+    assert_eq!(sent(&lab).1, 1);
+    lab.expect_log("everything is sent through the server");
+    harness::wait_until("the upload to be given up", || {
+        lab.tracking.artifacts().unfinished() == 0
+    });
+    // So for a while.
+    let before = sent(&lab).0;
+    assert_eq!(write(mount.at("second"), &content[..20 * MIB]), 0);
+    assert_eq!(sent(&lab), (before, 2));
+}
+
+#[test]
+fn a_store_behind_the_server_that_cannot_be_reached_is_avoided() {
+    let lab = lab_with_parts(|it| it.parts = Some("http://127.0.0.1:9".to_owned()));
+    let mount = mount(&lab);
+    assert!(!mount.at("large").exists());
+    let content = noise(20 * MIB);
+    assert_eq!(write(mount.at("large"), &content), 0);
+    assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
+    assert_eq!(sent(&lab), (0, 1));
+    lab.expect_log("takes no parts from here");
+    harness::wait_until("the upload to be given up", || {
+        lab.tracking.artifacts().unfinished() == 0
+    });
+}
+
+#[test]
+fn a_completion_that_took_place_counts_whatever_a_proxy_answers() {
+    let lab = lab_with_parts(|it| {
+        it.after_completing = [504].into();
+        it.instead_of_parts = [500, 503].into();
+    });
+    let mount = mount(&lab);
+    assert!(!mount.at("large").exists());
+    let content = noise(20 * MIB);
+    assert_eq!(write(mount.at("large"), &content), 0);
+    assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
+    let completions = lab.tracking.artifacts().seen("POST").into_iter();
+    let completions = completions.filter(|seen| seen.path.starts_with("mpu/complete"));
+    assert_eq!((completions.count(), sent(&lab)), (1, (6, 0)));
+}
+
+#[test]
+fn a_mount_that_was_killed_counts_on_no_part_that_it_has_sent() {
+    let lab = lab_with_parts(|it| it.after_completing = [].into());
+    let flags = ["--memory", "64MiB", "--part-size", "5MiB"];
+    let mount = lab.mount_with(&flags);
+    assert!(!mount.at("large").exists());
+    let content = noise(90 * MIB);
+    let mut file = fs::File::create(mount.at("large")).unwrap();
+    file.write_all(&content).unwrap();
+    harness::wait_until("parts", || sent(&lab).0 >= 12);
+    // The last ones do not get through.
+    lab.tracking.artifacts().behave(Behaviour {
+        parts: Some(lab.tracking.uri()),
+        instead_of_parts: [503; 1000].into(),
+        ..Behaviour::default()
+    });
+    file.write_all(b"the end").unwrap();
+    let closing = std::thread::spawn(move || close(file));
+    harness::wait_until("the close to be in the journal", || {
+        lab.journals_of_closed_files() == 1
+    });
+    harness::kill(&mount);
+    assert_ne!(closing.join().unwrap(), 0);
+    lab.tracking.artifacts().behave(Behaviour {
+        parts: Some(lab.tracking.uri()),
+        ..Behaviour::default()
+    });
+    let _next = lab.mount_with(&flags);
+    harness::wait_until("the file to be stored", || {
+        lab.tracking.artifacts().get(&key("large")).is_some()
+    });
+    let stored = lab.tracking.artifacts().get(&key("large")).unwrap();
+    assert!(stored[..90 * MIB] == content && &stored[90 * MIB..] == b"the end");
+    harness::wait_until("the former upload to be given up", || {
+        lab.tracking.artifacts().unfinished() == 0
+    });
+}
+
+#[test]
+fn parts_are_not_sent_where_mlflows_own_switch_says_no() {
+    let lab = lab_with_parts(|_| ());
+    let mut program = lab.program();
+    program.env("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false");
+    let mount = lab.mount_by(program, &["--part-size", "5MiB"]);
+    assert!(!mount.at("large").exists());
+    assert_eq!(write(mount.at("large"), &noise(20 * MIB)), 0);
+    assert_eq!(sent(&lab), (0, 1));
+}
+
 #[test]
 fn a_name_that_the_server_would_take_for_another_is_refused_at_once() {
     let lab = lab(Behaviour::default());

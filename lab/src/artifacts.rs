@@ -1,6 +1,8 @@
 //! As much of the artifact routes of an MLflow server as tests of trouble need: objects in memory, and
 //! answers that go wrong on purpose.
 
+mod uploads;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 
@@ -9,9 +11,7 @@ use futures_util::stream;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Body, Frame, Incoming};
-use hyper::header::{
-    AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderValue, RANGE, SERVER,
-};
+use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderValue, RANGE};
 use hyper::{Method, Request, Response};
 use parking_lot::Mutex;
 use percent_encoding::percent_decode_str;
@@ -21,6 +21,8 @@ use serde_json::{Value, json};
 pub const ROUTES: &str = "/api/2.0/mlflow-artifacts/";
 /// Bytes of an answer that are sent at once.
 const FRAME: usize = 64 << 10;
+
+use uploads::Uploads;
 
 pub type Answer = Response<BoxBody<Bytes, io::Error>>;
 
@@ -43,6 +45,12 @@ pub struct Behaviour {
     pub version: Option<&'static str>,
     /// Where the store behind the server is: objects are asked for there, by their paths.
     pub presigned: Option<String>,
+    /// Where parts are sent: below this address, which is the server's own for those that arrive.
+    pub parts: Option<String>,
+    /// Answers to the next parts, which are not kept.
+    pub instead_of_parts: VecDeque<u16>,
+    /// Answers to the next completions, which take place all the same.
+    pub after_completing: VecDeque<u16>,
 }
 
 /// A request that came.
@@ -63,6 +71,7 @@ pub struct Artifacts {
     objects: Mutex<BTreeMap<String, Bytes>>,
     behaviour: Mutex<Behaviour>,
     seen: Mutex<Vec<Seen>>,
+    uploads: Mutex<Uploads>,
 }
 
 impl Artifacts {
@@ -85,21 +94,22 @@ impl Artifacts {
         seen.cloned().collect()
     }
 
+    /// Whether it says that parts can be sent.
+    pub fn takes_parts(&self) -> bool {
+        self.behaviour.lock().parts.is_some()
+    }
+
     pub fn version(&self) -> &'static str {
         self.behaviour.lock().version.unwrap_or("3.17.2")
     }
 
-    /// Answers a request; an error breaks the connection.
-    pub async fn handle(&self, request: Request<Incoming>) -> io::Result<Answer> {
-        let server = self.behaviour.lock().server.map(HeaderValue::from_static);
-        let mut answer = self.answer(request).await?;
-        if let Some(server) = server {
-            answer.headers_mut().insert(SERVER, server);
-        }
-        Ok(answer)
+    /// What it calls itself, if anything.
+    pub fn server(&self) -> Option<HeaderValue> {
+        self.behaviour.lock().server.map(HeaderValue::from_static)
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> io::Result<Answer> {
+    /// Answers a request; an error breaks the connection.
+    pub async fn handle(&self, request: Request<Incoming>) -> io::Result<Answer> {
         let (parts, body) = request.into_parts();
         let path = parts.uri.path().trim_start_matches(ROUTES);
         let path = percent_decode_str(path).decode_utf8_lossy().into_owned();
@@ -123,6 +133,13 @@ impl Artifacts {
                 Some(base) => told(200, &json!({"url": format!("{base}/{key}"), "headers": {}})),
                 None => told(501, &json!({"message": "no such addresses"})),
             });
+        }
+        if parts.method == Method::POST {
+            let body = body.collect().await.map_err(io::Error::other)?;
+            return Ok(self.step_of_upload(&path, &body.to_bytes()));
+        }
+        if let Some(part) = path.strip_prefix("parts/") {
+            return self.part(part, body).await;
         }
         let Some(key) = path.strip_prefix("artifacts/") else {
             return Ok(told(404, &json!({"detail": "Not Found"})));

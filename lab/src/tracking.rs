@@ -9,6 +9,7 @@ use anyhow::Context;
 use http_body_util::BodyExt;
 use hyper::Request;
 use hyper::body::Incoming;
+use hyper::header::SERVER;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -118,6 +119,15 @@ async fn accept(listener: TcpListener, state: Arc<State>) {
 }
 
 async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Answer> {
+    let server = state.artifacts.server();
+    let mut answer = route(state, request).await?;
+    if let Some(server) = server {
+        answer.headers_mut().insert(SERVER, server);
+    }
+    Ok(answer)
+}
+
+async fn route(state: Arc<State>, request: Request<Incoming>) -> io::Result<Answer> {
     let path = request.uri().path().to_owned();
     state.requests.lock().push(path.clone());
     let broken = *state.broken.lock();
@@ -126,7 +136,11 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
         return Ok(told(status, &document));
     }
     if path == "/api/3.0/mlflow/server-info" {
-        return Ok(told(200, &json!({"multipart_downloads_enabled": true})));
+        let document = json!({
+            "multipart_downloads_enabled": true,
+            "multipart_uploads_enabled": state.artifacts.takes_parts(),
+        });
+        return Ok(told(200, &document));
     }
     if path == "/version" {
         return Ok(told(200, &json!(state.artifacts.version())));

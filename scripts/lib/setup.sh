@@ -169,6 +169,20 @@ start_mlflow() {
     wait_for "the MLflow server" 180 "$folder/log" curl -fs "$MLFLOW_TRACKING_URI/health"
 }
 
+# start_proxy FOLDER DESTINATION: a real MLflow server that passes artifacts through; sets PROXY, its URI.
+start_proxy() {
+    local folder=$1 destination=$2 port
+    mkdir -p "$folder"
+    port=$(free_port)
+    export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true
+    (cd "$folder" && exec "$VENV/bin/mlflow" server --host 127.0.0.1 --port "$port" --workers 1 \
+        --backend-store-uri "sqlite:///$folder/mlflow.db" \
+        --artifacts-destination "$destination") > "$folder/log" 2>&1 &
+    SERVERS+=($!)
+    PROXY=http://127.0.0.1:$port
+    wait_for "the MLflow server that proxies $destination" 180 "$folder/log" curl -fs "$PROXY/health"
+}
+
 stop_servers() {
     local pid child
     for pid in "${SERVERS[@]}"; do

@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::fuse::{FuseOptions, Mounted, mount};
 use crate::read::{ReadOptions, Reader};
 use crate::store::cloud::{AzureSettings, GoogleSettings};
-use crate::store::proxy::ProxySettings;
+use crate::store::proxy::{ProxySettings, Switches};
 use crate::store::s3::S3Settings;
 use crate::store::{StoreSettings, Stores};
 use crate::telemetry::{self, Log};
@@ -65,6 +65,7 @@ pub(super) fn store_settings(
         courier: source.courier()?,
         patience: s3.patience,
         folder: config.spill_dir.clone(),
+        switches: Switches::from_variables(variable)?,
     };
     Ok(StoreSettings {
         azure: AzureSettings::from_variables(variable, s3.patience),

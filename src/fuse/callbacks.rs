@@ -112,7 +112,7 @@ impl Filesystem for Callbacks {
         _atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -121,7 +121,8 @@ impl Filesystem for Callbacks {
     ) {
         let call = |vfs: Arc<Vfs>| async move {
             if let Some(size) = size {
-                vfs.set_size(inode.0, size).await?;
+                let handle = handle.map(|handle| handle.0);
+                vfs.set_size(inode.0, handle, size).await?;
             }
             if let Some(time) = mtime {
                 let time = match time {
@@ -506,7 +507,7 @@ impl Filesystem for Callbacks {
         &self,
         _request: &Request,
         inode: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
@@ -520,7 +521,7 @@ impl Filesystem for Callbacks {
         self.answering.call(
             "fallocate",
             inode.0,
-            |vfs| async move { vfs.allocate(inode.0, end).await },
+            |vfs| async move { vfs.allocate(inode.0, handle.0, end).await },
             done(reply),
         );
     }

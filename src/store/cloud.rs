@@ -170,6 +170,7 @@ impl Store for CloudStore {
             copy: true,
             copy_part: false,
             list_parts: false,
+            parts_expire: false,
             conditional_put: true,
             minimum_part_size: MINIMUM_PART,
             maximum_parts: MAXIMUM_PARTS,

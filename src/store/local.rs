@@ -171,6 +171,7 @@ impl Store for LocalStore {
             copy: true,
             copy_part: true,
             list_parts: true,
+            parts_expire: false,
             conditional_put: true,
             minimum_part_size: 1,
             maximum_parts: MOST_PARTS,

@@ -8,7 +8,10 @@
 mod access;
 mod address;
 mod listing;
+mod parts;
 mod read;
+mod sending;
+mod switches;
 mod upload;
 mod whole;
 
@@ -26,9 +29,11 @@ use reqwest::{Client, redirect};
 
 pub use self::access::Courier;
 pub use self::address::Address;
+pub use self::switches::Switches;
 
 use self::access::Access;
 use self::address::check_name;
+use self::parts::Parts;
 use self::read::Reading;
 use self::upload::Upload;
 use self::whole::Wholes;
@@ -41,6 +46,10 @@ use super::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest that nothing may move, where nobody says otherwise.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The stores behind servers that have addresses for parts are S3 and Google's: both take parts of 5 MiB
+/// and more, and so many.
+const SMALLEST_PART: u64 = 5 << 20;
+const MOST_PARTS: u32 = 10_000;
 
 /// How servers that proxy artifacts are reached.
 #[derive(Clone, Debug)]
@@ -51,6 +60,8 @@ pub struct ProxySettings {
     pub patience: Duration,
     /// Where objects lie that a server sends only whole, while they are read.
     pub folder: PathBuf,
+    /// Whether the store behind a server is turned to.
+    pub switches: Switches,
 }
 
 impl Default for ProxySettings {
@@ -59,6 +70,7 @@ impl Default for ProxySettings {
             courier: None,
             patience: PATIENCE,
             folder: std::env::temp_dir(),
+            switches: Switches::default(),
         }
     }
 }
@@ -75,6 +87,7 @@ pub struct ProxyStore {
     name: String,
     access: Access,
     reading: Arc<Reading>,
+    parts: Arc<Parts>,
     metrics: Arc<StoreMetrics>,
 }
 
@@ -97,11 +110,14 @@ impl ProxyStore {
         };
         let access = Access::new(address, courier, stranger, settings.patience);
         let wholes = Arc::new(Wholes::new(settings.folder.clone()));
-        let reading = Reading::new(access.clone(), wholes, Arc::clone(&metrics));
+        let switches = settings.switches;
+        let reading = Reading::new(access.clone(), wholes, switches, Arc::clone(&metrics));
+        let parts = Parts::new(access.clone(), switches, Arc::clone(&metrics));
         Ok(Self {
             name,
             access,
             reading: Arc::new(reading),
+            parts: Arc::new(parts),
             metrics,
         })
     }
@@ -127,21 +143,38 @@ impl ProxyStore {
         }
     }
 
-    fn in_one(&self, key: &str) -> StoreError {
+    fn cannot(&self, key: &str) -> StoreError {
         StoreError::Unsupported {
             object: self.object(key).to_string(),
-            detail: "the MLflow server takes whole objects only".to_owned(),
+            detail: "an MLflow server has no such route".to_owned(),
         }
+    }
+
+    fn upload(&self) -> Upload<'_> {
+        Upload {
+            access: &self.access,
+            reading: &self.reading,
+            metrics: &self.metrics,
+        }
+    }
+
+    /// Asks, in the background, whether parts can go straight to the store behind the server, unless
+    /// that is known.
+    fn learn(&self) {
+        if self.access.address.run.is_some() || !self.parts.are_to_be_asked_for() {
+            return;
+        }
+        let (reading, parts) = (Arc::clone(&self.reading), Arc::clone(&self.parts));
+        tokio::spawn(async move {
+            if let Some(info) = reading.info().await {
+                parts.offer(info.multipart_uploads_enabled);
+            }
+        });
     }
 
     async fn send(&self, key: &str, body: Arc<dyn LongBody>) -> StoreResult<Stored> {
         self.metrics.count(Request::Put);
-        let upload = Upload {
-            access: &self.access,
-            reading: &self.reading,
-            metrics: &self.metrics,
-        };
-        upload.put(key, &self.object(key), &body).await
+        self.upload().put(key, &self.object(key), &body).await
     }
 }
 
@@ -222,13 +255,14 @@ impl Store for ProxyStore {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            multipart: false,
+            multipart: self.parts.are_taken(),
             copy: false,
             copy_part: false,
             list_parts: false,
+            parts_expire: true,
             conditional_put: false,
-            minimum_part_size: 1,
-            maximum_parts: 1,
+            minimum_part_size: SMALLEST_PART,
+            maximum_parts: MOST_PARTS,
             maximum_put_size: i64::MAX as u64,
             read_only: self.access.address.run.is_some(),
             local: false,
@@ -247,6 +281,7 @@ impl Store for ProxyStore {
         maximum: Option<u32>,
     ) -> StoreResult<ListPage> {
         self.metrics.count(Request::List);
+        self.learn();
         let object = self.object(prefix);
         // What cannot be there is not asked for.
         if check_name(&object, prefix).is_err() {
@@ -295,17 +330,22 @@ impl Store for ProxyStore {
     }
 
     async fn create_multipart(&self, key: &str) -> StoreResult<String> {
-        Err(self.in_one(key))
+        self.metrics.count(Request::CreateMultipart);
+        let object = self.object(key);
+        check_name(&object, key)?;
+        self.parts.create(key, &object).await
     }
 
     async fn upload_part(
         &self,
         key: &str,
-        _upload_id: &str,
-        _number: u32,
-        _payload: Payload,
+        upload_id: &str,
+        number: u32,
+        payload: Payload,
     ) -> StoreResult<PartReceipt> {
-        Err(self.in_one(key))
+        self.metrics.count(Request::UploadPart);
+        let (parts, object) = (&self.parts, self.object(key));
+        parts.send(key, &object, upload_id, number, &payload).await
     }
 
     async fn copy_part(
@@ -317,25 +357,32 @@ impl Store for ProxyStore {
         _range: Range<u64>,
         _version: Option<&ETag>,
     ) -> StoreResult<PartReceipt> {
-        Err(self.in_one(key))
+        Err(self.cannot(key))
     }
 
     async fn complete_multipart(
         &self,
         key: &str,
-        _upload_id: &str,
-        _parts: &[PartReceipt],
-        _condition: Condition,
+        upload_id: &str,
+        parts: &[PartReceipt],
+        condition: Condition,
     ) -> StoreResult<Stored> {
-        Err(self.in_one(key))
+        self.check(key, &condition).await?;
+        self.metrics.count(Request::CompleteMultipart);
+        let (upload, object) = (self.upload(), self.object(key));
+        upload
+            .complete(&self.parts, key, &object, upload_id, parts)
+            .await
     }
 
-    async fn abort_multipart(&self, _key: &str, _upload_id: &str) -> StoreResult<()> {
-        Ok(())
+    async fn abort_multipart(&self, key: &str, upload_id: &str) -> StoreResult<()> {
+        self.metrics.count(Request::AbortMultipart);
+        let object = self.object(key);
+        self.parts.abort(key, &object, upload_id).await
     }
 
     async fn list_parts(&self, key: &str, _upload_id: &str) -> StoreResult<Vec<PartReceipt>> {
-        Err(self.in_one(key))
+        Err(self.cannot(key))
     }
 
     /// Through this machine: the server copies nothing by itself.

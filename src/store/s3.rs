@@ -171,6 +171,7 @@ impl Store for S3Store {
             copy: true,
             copy_part: true,
             list_parts: true,
+            parts_expire: false,
             conditional_put: true,
             minimum_part_size: MINIMUM_PART,
             maximum_parts: MAXIMUM_PARTS,

@@ -34,6 +34,9 @@ pub struct FileState {
     pub local_bytes: Option<Arc<std::fs::File>>,
     /// Open handles that may write.
     pub writers: usize,
+    /// Those of them that were closed and not written through since: the kernel tells of their end
+    /// some time after close has returned.
+    pub closing: usize,
     /// Publications under way, but for closes.
     pub publishing: usize,
     /// It is on its way into the store, or there and not yet known to be: until the directory

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 
 use super::error::{VfsError, VfsResult};
-use super::file::File;
+use super::file::{File, FileState};
 use super::readdir::DirectoryStream;
 use super::tree::{Inode, Order};
 
@@ -20,6 +20,8 @@ pub(super) struct FileHandle {
     pub writable: bool,
     /// The kernel reads local disk.
     pub local: AtomicBool,
+    /// It counts among those that are closing. Changed under the file's lock.
+    closing: AtomicBool,
     /// Processes (thread groups) that opened the file through this handle or wrote through it:
     /// their close publishes, that of a child which merely inherited the descriptor does not.
     publishers: Mutex<Publishers>,
@@ -39,12 +41,33 @@ impl FileHandle {
             file,
             writable,
             local: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             publishers: Mutex::default(),
         };
         if writable {
             handle.note_publisher(thread);
         }
         handle
+    }
+
+    /// A descriptor was closed by somebody who may publish: it may have been the last.
+    pub fn note_close(&self) {
+        let mut state = self.file.state();
+        if self.writable && !self.closing.swap(true, Ordering::Relaxed) {
+            state.closing += 1;
+        }
+    }
+
+    /// It is used to write, so that it was not the last; or the handle is at its end.
+    pub fn note_use(&self, state: &mut FileState) {
+        if self.closing.swap(false, Ordering::Relaxed) {
+            state.closing -= 1;
+        }
+    }
+
+    /// Whether it counts among those that are closing.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
     }
 
     /// The process of `thread` has a part in the file's content.

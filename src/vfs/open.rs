@@ -345,6 +345,9 @@ impl Vfs {
             return self.obey(order, &data).await;
         }
         let handle = self.handles.file(handle)?;
+        if handle.is_closing() {
+            handle.note_use(&mut handle.file.state());
+        }
         let target = self.target(handle.inode).await?;
         let draft = self.draft(&handle.file, &target);
         loop {
@@ -356,8 +359,14 @@ impl Vfs {
         }
     }
 
-    /// Sets a file's size. Without an open writer this is a close, too.
-    pub async fn set_size(self: &Arc<Self>, inode: Inode, size: u64) -> VfsResult<()> {
+    /// Sets a file's size, through a handle of it or by its path. Without an open writer this is a
+    /// close, too.
+    pub async fn set_size(
+        self: &Arc<Self>,
+        inode: Inode,
+        handle: Option<u64>,
+        size: u64,
+    ) -> VfsResult<()> {
         self.check_writable()?;
         if self
             .tree
@@ -373,10 +382,14 @@ impl Vfs {
         // The draft may be one that is just being published, and must not go with that.
         let publishing = file.begin_publishing();
         self.draft(&file, &target).truncate(size)?;
+        let handle = handle.and_then(|handle| self.handles.file(handle).ok());
         let open = {
             let mut state = file.state();
+            if let Some(handle) = handle.filter(|handle| handle.inode == inode) {
+                handle.note_use(&mut state);
+            }
             state.modified = Some(SystemTime::now());
-            state.writers > 0
+            state.writers > state.closing
         };
         if !open {
             self.close(inode, &file).await?;
@@ -387,10 +400,10 @@ impl Vfs {
     }
 
     /// Makes sure that `offset..offset + length` exists (`fallocate` without flags).
-    pub async fn allocate(self: &Arc<Self>, inode: Inode, end: u64) -> VfsResult<()> {
+    pub async fn allocate(self: &Arc<Self>, inode: Inode, handle: u64, end: u64) -> VfsResult<()> {
         let (size, _) = self.file(inode)?.size_and_time();
         if end > size {
-            self.set_size(inode, end).await
+            self.set_size(inode, Some(handle), end).await
         } else {
             Ok(())
         }
@@ -405,13 +418,14 @@ impl Vfs {
         if !handle.writable {
             return Ok(());
         }
+        if !handle.may_publish(thread) {
+            return Ok(());
+        }
+        handle.note_close();
         let draft = handle.file.state().draft.clone();
         let Some(draft) = draft.filter(|draft| draft.has_changes()) else {
             return Ok(());
         };
-        if !handle.may_publish(thread) {
-            return Ok(());
-        }
         let generation = draft.generation();
         let outcome = self.close(handle.inode, &handle.file).await;
         if outcome.is_err() {
@@ -430,6 +444,7 @@ impl Vfs {
         let (last_writer, known) = {
             let mut state = file.state();
             self.close_local(&mut state, &handle);
+            handle.note_use(&mut state);
             state.handles -= 1;
             state.writers -= usize::from(handle.writable);
             let draft = state.draft.as_ref();

@@ -260,8 +260,13 @@ impl State {
             (Some(_), _) => chunk.crc32c.is_none(),
             (None, Data::GivenUp) => false,
             (None, _) if self.lies_beneath(index) => false,
-            (None, _) => !chunk.is_sent(part.end - part.start),
+            (None, _) => !self.counts_on_parts() || !chunk.is_sent(part.end - part.start),
         }
+    }
+
+    /// Whether a part that the store has taken will be there when the upload is completed.
+    pub(super) fn counts_on_parts(&self) -> bool {
+        !self.target.store.capabilities().parts_expire
     }
 
     /// The file is another than the journal has it, or about to be.
@@ -369,7 +374,7 @@ impl State {
         let file = chunk.on_disk();
         let unchecked = file.is_some() && chunk.crc32c.is_none();
         if (file.is_some() && !unchecked)
-            || (file.is_none() && chunk.is_sent(part.end - part.start))
+            || (file.is_none() && self.counts_on_parts() && chunk.is_sent(part.end - part.start))
         {
             return Where::Now(chunk_record(index, chunk), file.cloned());
         }

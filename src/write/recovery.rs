@@ -341,6 +341,13 @@ impl Leftover {
         let Some((key, id)) = &self.replayed.upload else {
             return Ok(None);
         };
+        if store.capabilities().parts_expire {
+            // All of it is here.
+            if let Err(error) = store.abort_multipart(key, id).await {
+                tracing::debug!(id = self.id, %error, "its former upload was not aborted");
+            }
+            return Ok(None);
+        }
         if !store.capabilities().list_parts {
             // What was confirmed is believed; should it be gone, the completion fails.
             let parts = self.replayed.parts.iter();

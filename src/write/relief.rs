@@ -1,12 +1,12 @@
 //! What gives way when memory is spent.
 //!
 //! In this order: blocks that readers cached (the budget sees to that itself); chunks of a
-//! sequential writer that the store holds already, oldest first, keeping the first and the last;
-//! then a wait for what is on its way; then large drafts that were held back for their name are sent
-//! after all; then chunks that nobody is sending go to disk. When the spill, or the disk under it,
-//! is full too: chunks on disk that the store holds; small drafts that were held back; and at last
-//! the first and last chunks that the store holds. A writer waits meanwhile. Only when nothing is on its way and nothing can give way
-//! does a write fail.
+//! sequential writer that the store holds already, oldest first, keeping the first and the last; where
+//! parts may come to nothing they go to disk instead; then a wait for what is on its way; then large
+//! drafts that were held back for their name are sent after all; then chunks that nobody is sending go to
+//! disk. When the spill, or the disk under it, is full too: chunks on disk that the store holds; small
+//! drafts that were held back; and at last the first and last chunks that the store holds. A writer waits
+//! meanwhile. Only when nothing is on its way and nothing can give way does a write fail.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,6 +35,14 @@ enum Expendable {
     Ends,
 }
 
+/// Which chunks are moved to disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spilled {
+    Any,
+    /// Those that were sent, where that may come to nothing.
+    Sent,
+}
+
 impl Writer {
     /// Makes some room for `draft`, or waits until there may be some.
     pub(super) async fn make_room(self: &Arc<Self>, draft: &Arc<Draft>) -> Result<(), WriteError> {
@@ -48,7 +56,9 @@ impl Writer {
             let freed = self.memory.freed();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            if self.give_up_sent_chunk(Expendable::Memory) {
+            if self.give_up_sent_chunk(Expendable::Memory)
+                || matches!(self.spill_oldest(Spilled::Sent).await, Ok(true))
+            {
                 return Ok(());
             }
             let on_its_way = self.in_flight.load(Ordering::Relaxed) > 0;
@@ -57,7 +67,7 @@ impl Writer {
             }
             if !on_its_way {
                 // The disk may be full, or fail: what the store has, or can have, need not lie on it.
-                let spilled = self.spill_oldest().await;
+                let spilled = self.spill_oldest(Spilled::Any).await;
                 if matches!(spilled, Ok(true))
                     || self.give_up_sent_chunk(Expendable::Disk)
                     || self.send_held(1)
@@ -86,7 +96,7 @@ impl Writer {
         let mut oldest = u64::MAX;
         for draft in self.all_drafts() {
             let state = draft.state.lock();
-            if !state.sequential {
+            if !state.sequential || !state.counts_on_parts() {
                 continue;
             }
             let last = state.chunks.keys().next_back().copied();
@@ -142,13 +152,19 @@ impl Writer {
 
     /// Moves the chunk that was touched longest ago to disk; false when the spill is full or
     /// there is none.
-    async fn spill_oldest(self: &Arc<Self>) -> Result<bool, WriteError> {
+    async fn spill_oldest(self: &Arc<Self>, which: Spilled) -> Result<bool, WriteError> {
         let mut candidate = None;
         let mut oldest = u64::MAX;
         for draft in self.all_drafts() {
             let state = draft.state.lock();
+            if which == Spilled::Sent && state.counts_on_parts() {
+                continue;
+            }
             for (index, chunk) in &state.chunks {
-                if !state.queued.contains(index) && chunk.memory() > 0 && chunk.touched < oldest {
+                let part = state.part(*index);
+                let moves = which == Spilled::Any || chunk.is_sent(part.end - part.start);
+                let is_free = moves && !state.queued.contains(index);
+                if is_free && chunk.memory() > 0 && chunk.touched < oldest {
                     oldest = chunk.touched;
                     candidate = Some((Arc::clone(&draft), *index));
                 }

@@ -2,15 +2,14 @@
 
 use std::time::SystemTime;
 
-use futures_util::TryStreamExt;
 use object_store::multipart::PartId;
 use object_store::{
     Attribute, Attributes, PutMode, PutMultipartOptions, PutOptions, UpdateVersion,
 };
 
 use super::{CloudStore, Kind, described};
-use crate::store::checksum::crc32c_update;
 use crate::store::metrics::Request;
+use crate::store::pieces::{self, Piece};
 use crate::store::{
     Condition, ETag, ObjectMeta, PartReceipt, Payload, Store, StoreError, StoreResult, Stored,
     content_type,
@@ -23,7 +22,10 @@ impl CloudStore {
         payload: Payload,
         condition: Condition,
     ) -> StoreResult<Stored> {
-        let pieces = [(payload.bytes.len() as u64, payload.crc32c)];
+        let piece = Piece {
+            size: payload.bytes.len() as u64,
+            crc32c: payload.crc32c,
+        };
         let path = self.path(key)?;
         let mode = self.mode(key, &condition).await?;
         self.metrics.count(Request::Put);
@@ -44,7 +46,7 @@ impl CloudStore {
             }),
             Err(error) => match error.under(&condition) {
                 StoreError::Conflict { object } => {
-                    let found = self.written_anyway(key, &pieces).await;
+                    let found = self.written_anyway(key, &[piece]).await;
                     found.ok_or(StoreError::Conflict { object })
                 }
                 error => Err(error),
@@ -81,37 +83,16 @@ impl CloudStore {
 
     /// What is there, if it is made of bytes of these sizes and checksums, in order: what failed is then
     /// this very write, whose answer was lost.
-    async fn written_anyway(&self, key: &str, pieces: &[(u64, u32)]) -> Option<Stored> {
+    async fn written_anyway(&self, key: &str, pieces: &[Piece]) -> Option<Stored> {
         let meta = self.head(key).await.ok()?;
-        let size = pieces.iter().map(|(size, _)| size).sum();
+        let size = pieces.iter().map(|piece| piece.size).sum();
         if meta.size != size {
             return None;
         }
-        let mut pieces = pieces.iter().filter(|(size, _)| *size > 0);
         if size > 0 {
             let body = self.get(key, 0..size, meta.etag.as_ref()).await.ok()?;
-            let mut frames = body.frames;
-            let mut piece = pieces.next()?;
-            let (mut filled, mut crc) = (0, 0);
-            while let Some(mut frame) = frames.try_next().await.ok()? {
-                while !frame.is_empty() {
-                    let wanted = (piece.0 - filled).min(frame.len() as u64);
-                    let taken = frame.split_to(wanted as usize);
-                    crc = crc32c_update(crc, &taken);
-                    filled += wanted;
-                    if filled < piece.0 {
-                        continue;
-                    }
-                    if crc != piece.1 {
-                        return None;
-                    }
-                    match pieces.next() {
-                        Some(next) => piece = next,
-                        None if frame.is_empty() => break,
-                        None => return None,
-                    }
-                    (filled, crc) = (0, 0);
-                }
+            if !pieces::are_made_of(body.frames, pieces).await.ok()? {
+                return None;
             }
         }
         tracing::info!(
@@ -173,8 +154,7 @@ impl CloudStore {
         let outcome = self.try_complete(key, upload_id, parts, condition).await;
         let is_done = match &outcome {
             Err(StoreError::Conflict { .. } | StoreError::UploadGone { .. }) => {
-                let pieces = parts.iter().map(|part| Some((part.size, part.crc32c?)));
-                match pieces.collect::<Option<Vec<_>>>() {
+                match pieces::of_parts(parts) {
                     Some(pieces) => self.written_anyway(key, &pieces).await,
                     None => None,
                 }

@@ -309,6 +309,11 @@ impl Failed {
         self.most > 1
     }
 
+    /// What the server said contains this.
+    pub fn says(&self, text: &str) -> bool {
+        self.told.contains(text)
+    }
+
     /// What the server said has this status.
     pub fn is(&self, status: u16) -> bool {
         self.status.is_some_and(|told| told.as_u16() == status)

@@ -111,6 +111,11 @@ impl Address {
         format!("{}/presigned/{}", self.base, encode(key))
     }
 
+    /// Where an upload in parts is begun, completed or aborted, by that `step`: in a directory.
+    pub fn upload(&self, step: &str, directory: &str) -> String {
+        format!("{}/mpu/{step}/{}", self.base, encode(directory))
+    }
+
     /// Where directories are listed.
     pub fn listing(&self) -> String {
         match &self.run {

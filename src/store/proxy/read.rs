@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use super::access::{Access, Failed, answer};
 use super::listing;
+use super::switches::Switches;
 use super::whole::Wholes;
 use crate::store::metrics::StoreMetrics;
 use crate::store::{ETag, RangeBody, StoreError, StoreResult};
@@ -35,9 +36,11 @@ const RESUMPTIONS: u32 = 4;
 
 /// What a server says of itself.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
-struct ServerInfo {
+pub(super) struct ServerInfo {
     #[serde(default)]
     multipart_downloads_enabled: bool,
+    #[serde(default)]
+    pub multipart_uploads_enabled: bool,
 }
 
 /// An address in the store behind the server.
@@ -54,6 +57,7 @@ struct Presigned {
 #[derive(Debug)]
 pub(super) struct Reading {
     access: Access,
+    switches: Switches,
     metrics: Arc<StoreMetrics>,
     info: OnceCell<ServerInfo>,
     /// Whether removing a name removes no other.
@@ -71,10 +75,16 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    pub fn new(access: Access, wholes: Arc<Wholes>, metrics: Arc<StoreMetrics>) -> Self {
+    pub fn new(
+        access: Access,
+        wholes: Arc<Wholes>,
+        switches: Switches,
+        metrics: Arc<StoreMetrics>,
+    ) -> Self {
         let is_of_run = access.address.run.is_some();
         Self {
             access,
+            switches,
             metrics,
             info: OnceCell::new(),
             deletes_exactly: OnceCell::new(),
@@ -197,9 +207,8 @@ impl Reading {
         })
     }
 
-    /// What the server says of itself; nothing where it says nothing. That is asked again, if it may
-    /// pass, when the store behind the server is.
-    async fn info(&self) -> ServerInfo {
+    /// What the server says of itself; `None` where it could not be asked.
+    pub async fn info(&self) -> Option<ServerInfo> {
         let ask = async || {
             let Some(url) = self.access.address.server_info() else {
                 return Ok(ServerInfo::default());
@@ -210,13 +219,20 @@ impl Reading {
                 answer => Ok(answer.unwrap_or_default()),
             }
         };
-        match self.info.get_or_try_init(ask).await {
-            Ok(info) => *info,
-            Err(_) => {
-                *self.refused_presigned.lock() = Some(Instant::now());
-                ServerInfo::default()
-            }
+        self.info.get_or_try_init(ask).await.ok().copied()
+    }
+
+    /// Whether the store behind the server may be turned to. Where the server could not be asked, it is
+    /// asked again after a while.
+    async fn gives_addresses(&self) -> bool {
+        if let Some(told) = self.switches.downloads {
+            return told;
         }
+        let info = self.info().await;
+        if info.is_none() {
+            *self.refused_presigned.lock() = Some(Instant::now());
+        }
+        info.is_some_and(|info| info.multipart_downloads_enabled)
     }
 
     /// Whether the server removes just what it is told to. Servers before that version may remove
@@ -236,7 +252,7 @@ impl Reading {
 
     /// Where the store behind the server has an object, if it can be asked.
     async fn presigned(&self, key: &str, object: &str) -> Option<Presigned> {
-        if self.is_refused() || !self.info().await.multipart_downloads_enabled {
+        if self.is_refused() || !self.gives_addresses().await {
             return None;
         }
         if let Some(known) = self.presigned.lock().get(key)

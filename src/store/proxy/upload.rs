@@ -1,7 +1,8 @@
-//! Writing: one PUT of all the bytes, streamed, and taken for done only when the server lists it.
+//! Writing: one PUT of all the bytes, streamed, or parts made one; taken for done only when the server
+//! lists it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,34 +10,29 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use reqwest::{Body, Client, RequestBuilder, Response};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 
 use super::access::{Access, Failed};
 use super::listing;
+use super::parts::Parts;
 use super::read::Reading;
+use super::sending::{Progress, slices};
 use crate::store::checksum::crc32c_update;
 use crate::store::metrics::StoreMetrics;
-use crate::store::{LongBody, StoreError, StoreResult, Stored};
+use crate::store::pieces::{self, Piece};
+use crate::store::{LongBody, PartReceipt, StoreError, StoreResult, Stored};
 
 /// How often a body is sent. A proxy that gives requests too little time gives each too little.
 const ATTEMPTS: u32 = 3;
-/// Bytes that are handed over at once: each is progress.
-const FRAME: usize = 256 << 10;
-/// A server may have to bring all of a body to where it keeps it before it answers.
-const ANSWER: Duration = Duration::from_secs(600);
 /// A body that broke off is held back for so long when it is sent again: a proxy that refuses it by its
 /// size says so at once, and may break the connection before anybody has read that.
 const HELD_BACK: Duration = Duration::from_millis(500);
-/// How often a body that is on its way is looked at.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// What a PUT has done so far.
 #[derive(Debug, Default)]
 struct Sending {
-    bytes: AtomicU64,
-    /// It is the body that is waited for, not the server.
-    waiting: AtomicBool,
-    /// CRC32C of them.
+    progress: Progress,
+    /// CRC32C of what has gone.
     crc32c: Mutex<u32>,
     /// The body itself came to an end for this reason.
     broken: Mutex<Option<StoreError>>,
@@ -118,26 +114,8 @@ impl Upload<'_> {
                 .body(self.body(body, sending, held_back))
         };
         let sent = self.access.attempt(object, Duration::MAX, build);
-        tokio::pin!(sent);
-        let mut moved = (0, Instant::now());
-        loop {
-            tokio::select! {
-                outcome = &mut sent => return outcome,
-                () = sleep_until(Instant::now() + LOOK) => {}
-            }
-            let bytes = sending.bytes.load(Ordering::Relaxed);
-            if bytes > moved.0 {
-                moved = (bytes, Instant::now());
-            }
-            let waiting = sending.waiting.load(Ordering::Relaxed);
-            let patience = match bytes < size && !waiting {
-                true => self.access.patience,
-                false => ANSWER.max(self.access.patience),
-            };
-            if moved.1.elapsed() > patience {
-                return Err(Failed::silent(object, patience));
-            }
-        }
+        let (progress, patience) = (&sending.progress, self.access.patience);
+        progress.watch(object, size, patience, sent).await
     }
 
     fn body(&self, body: &Arc<dyn LongBody>, sending: &Arc<Sending>, held_back: Duration) -> Body {
@@ -154,28 +132,22 @@ impl Upload<'_> {
             move |mut frames| {
                 let sending = Arc::clone(&waiting);
                 async move {
-                    sending.waiting.store(true, Ordering::Relaxed);
+                    let waiting = &sending.progress.waiting;
+                    waiting.store(true, Ordering::Relaxed);
                     let next = frames.next().await;
-                    sending.waiting.store(false, Ordering::Relaxed);
+                    waiting.store(false, Ordering::Relaxed);
                     next.map(|next| (next, frames))
                 }
             },
         );
-        let frames = frames.map_ok(|mut bytes| {
-            let slices = std::iter::from_fn(move || {
-                let length = bytes.len().min(FRAME);
-                (length > 0).then(|| Ok(bytes.split_to(length)))
-            });
-            stream::iter(slices)
-        });
+        let frames = frames.map_ok(|bytes| stream::iter(slices(bytes).map(Ok)));
         let frames = frames.try_flatten().inspect_ok(move |frame: &Bytes| {
             let mut crc32c = sending.crc32c.lock();
             *crc32c = crc32c_update(*crc32c, frame);
             drop(crc32c);
-            sending
-                .bytes
-                .fetch_add(frame.len() as u64, Ordering::Relaxed);
-            metrics.sent(frame.len() as u64);
+            let length = frame.len() as u64;
+            sending.progress.sent.fetch_add(length, Ordering::Relaxed);
+            metrics.sent(length);
         });
         Body::wrap_stream(frames.map_err(move |error| failing.broken.lock().insert(error).clone()))
     }
@@ -193,12 +165,62 @@ impl Upload<'_> {
         })
     }
 
-    /// Whether the server has this very body, though it did not say so. Told by reading it: there may
-    /// have been another of that size.
+    /// Whether the server has this very body, though it did not say so.
     async fn has_taken(&self, key: &str, object: &Arc<str>, size: u64, sending: &Sending) -> bool {
-        if sending.bytes.load(Ordering::Relaxed) < size {
+        if sending.progress.sent.load(Ordering::Relaxed) < size {
             return false;
         }
+        let crc32c = *sending.crc32c.lock();
+        self.is_made_of(key, object, &[Piece { size, crc32c }])
+            .await
+    }
+
+    /// Makes an object of parts that the store behind the server has.
+    ///
+    /// # Errors
+    /// The server's; `UploadGone` and `PartsDiffer` where sending them again can help.
+    pub async fn complete(
+        &self,
+        parts: &Parts,
+        key: &str,
+        object: &Arc<str>,
+        id: &str,
+        receipts: &[PartReceipt],
+    ) -> StoreResult<Stored> {
+        let size = receipts.iter().map(|part| part.size).sum();
+        let pieces = pieces::of_parts(receipts).unwrap_or_default();
+        let mut attempt = 1;
+        loop {
+            self.reading.wholes.forget(key);
+            let outcome = parts.complete(key, object, id, receipts).await;
+            self.reading.wholes.forget(key);
+            let Err(failed) = outcome else {
+                return self.verify(key, object, size).await;
+            };
+            if failed.is_passing() && self.is_made_of(key, object, &pieces).await {
+                tracing::info!(object = &**object, error = %failed.error,
+                    "it is stored, whatever was answered");
+                return Ok(stored(size));
+            }
+            let (object, detail) = (object.to_string(), failed.error.to_string());
+            if failed.says("NoSuchUpload") {
+                return Err(StoreError::UploadGone { object, detail });
+            }
+            if failed.says("InvalidPart") {
+                return Err(StoreError::PartsDiffer { object, detail });
+            }
+            if attempt >= failed.most.min(ATTEMPTS) {
+                return Err(failed.error);
+            }
+            failed.pause(attempt).await;
+            attempt += 1;
+        }
+    }
+
+    /// Whether the server has an object of these pieces. Told by reading it: there may have been another
+    /// of that size.
+    async fn is_made_of(&self, key: &str, object: &Arc<str>, pieces: &[Piece]) -> bool {
+        let size: u64 = pieces.iter().map(|piece| piece.size).sum();
         let found = listing::find(self.access, object, key).await;
         if !matches!(found, Ok(Some(meta)) if meta.size == size) {
             return false;
@@ -206,16 +228,11 @@ impl Upload<'_> {
         if size == 0 {
             return true;
         }
-        let read = async {
-            let mut read = 0;
-            let body = self.reading.get(key, object, 0..size, None).await?;
-            let mut frames = body.frames;
-            while let Some(frame) = frames.try_next().await? {
-                read = crc32c_update(read, &frame);
-            }
-            StoreResult::Ok(read)
+        let Ok(body) = self.reading.get(key, object, 0..size, None).await else {
+            return false;
         };
-        read.await.is_ok_and(|read| read == *sending.crc32c.lock())
+        let same = pieces::are_made_of(body.frames, pieces).await;
+        same.unwrap_or_default()
     }
 }
 
