@@ -74,6 +74,7 @@ def measure(name, server, source):
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as folder:
         script = ("mlflow.artifacts.download_artifacts(run_id=sys.argv[2], "
                   "artifact_path=sys.argv[3], dst_path=sys.argv[4])")
+        drop_caches()
         client_read = float(server.client(TIMED.format(script), server.run_id,
                                           f"client/{source.name}", folder))
     server.cold()
@@ -109,6 +110,8 @@ def main():
                   "--no-serve-artifacts")),
                 ("proxied, directory", ("--artifacts-destination", "{}/artifacts")),
                 ("proxied, S3", ("--artifacts-destination", "s3://mlflow/{}"))):
+            if sys.argv[1:] and name not in sys.argv[1:]:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 place = folder if "directory" in name else os.path.basename(folder)
                 server = Server(pathlib.Path(folder), *(it.format(place) for it in how))
