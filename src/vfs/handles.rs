@@ -65,11 +65,6 @@ impl FileHandle {
         }
     }
 
-    /// Whether it counts among those that are closing.
-    pub fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Relaxed)
-    }
-
     /// The process of `thread` has a part in the file's content.
     pub fn note_publisher(&self, thread: u32) {
         let mut publishers = self.publishers.lock();

@@ -327,6 +327,7 @@ impl Vfs {
         handle.note_publisher(thread);
         let draft = {
             let mut state = handle.file.state();
+            handle.note_use(&mut state);
             state.modified = Some(SystemTime::now());
             state.draft.clone()
         };
@@ -345,9 +346,6 @@ impl Vfs {
             return self.obey(order, &data).await;
         }
         let handle = self.handles.file(handle)?;
-        if handle.is_closing() {
-            handle.note_use(&mut handle.file.state());
-        }
         let target = self.target(handle.inode).await?;
         let draft = self.draft(&handle.file, &target);
         loop {

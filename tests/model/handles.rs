@@ -197,7 +197,8 @@ impl Driver<'_> {
         if !slot.writable || self.model.nodes[id].foreign {
             return Ok(());
         }
-        let told = self.mount.vfs.set_size(inode, size).await;
+        let handle = Some(slot.handle);
+        let told = self.mount.vfs.set_size(inode, handle, size).await;
         if told
             .as_ref()
             .is_err_and(|error| error.errno == libc::ENOSPC)
@@ -221,7 +222,10 @@ impl Driver<'_> {
             return Ok(());
         }
         let told = match found {
-            Ok(found) => self.mount.vfs.set_size(found.attributes.inode, size).await,
+            Ok(found) => {
+                let inode = found.attributes.inode;
+                self.mount.vfs.set_size(inode, None, size).await
+            }
             Err(error) => Err(error),
         };
         let Ok(id) = expected else {
