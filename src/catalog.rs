@@ -1,20 +1,26 @@
 //! Names → artifact roots, with caches that live for a stated time.
 //!
-//! The catalog is what the root of the mount is made of. It knows MLflow's runs and the stores
-//! their artifacts lie in; it knows nothing of inodes or of what is inside an artifact root.
+//! The catalog is what the upper part of the mount is made of. It knows MLflow's runs, experiments and
+//! models, and the stores their artifacts lie in; it knows nothing of inodes or of what is inside an
+//! artifact root.
 //!
 //! An answer of the tracking server, "no such run" included, is believed for the TTL. Callers who
 //! ask for one run at the same time share one request. A run whose TTL has passed goes on counting
 //! while the server is away or slow ([`GRACE`], [`PATIENCE`]), so that work in it goes on too.
 
+mod branch;
+mod branch_listing;
 mod cache;
 mod listing;
+mod naming;
 mod outage;
+mod root;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
@@ -25,10 +31,14 @@ use tokio::time::{Instant, timeout};
 
 use crate::store::{Location, StoreError, StoreResult, Stores};
 use crate::tracking::{Lifecycle, Tracking, TrackingError, TrackingResult};
-use cache::{Answer, Cache, KnownRun};
+use branch::Branches;
+use cache::{Answer, Cache, KnownRoot};
 use outage::Outage;
 
+pub use branch::{Branch, Item};
+pub use branch_listing::BranchListing;
 pub use listing::RunListing;
+pub use root::{EXPERIMENTS, MODELS, RootEntry, RootId};
 
 /// How long past its TTL a run that was known goes on counting when the server does not answer.
 const GRACE: Duration = Duration::from_secs(3600);
@@ -36,19 +46,11 @@ const GRACE: Duration = Duration::from_secs(3600);
 /// the request goes on behind the scenes.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A run's artifact root, opened.
+/// An artifact root, opened.
 #[derive(Clone, Debug)]
 pub struct ArtifactRoot {
-    pub run_id: String,
+    pub id: RootId,
     pub location: Location,
-}
-
-/// A run as the root's listing shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunEntry {
-    pub run_id: String,
-    pub created: SystemTime,
-    pub modified: SystemTime,
 }
 
 #[derive(Clone, Debug, Error)]
@@ -69,16 +71,20 @@ impl CatalogError {
     }
 }
 
-/// Opens the store of a run's artifact URI.
+/// Opens the store of an artifact URI.
 #[async_trait]
 pub trait Locate: std::fmt::Debug + Send + Sync + 'static {
-    async fn locate(&self, run_id: &str, artifact_uri: &str) -> StoreResult<Location>;
+    async fn locate(&self, id: &RootId, artifact_uri: &str) -> StoreResult<Location>;
 }
 
 #[async_trait]
 impl Locate for Stores {
-    async fn locate(&self, run_id: &str, artifact_uri: &str) -> StoreResult<Location> {
-        Stores::locate_run(self, run_id, artifact_uri).await
+    async fn locate(&self, id: &RootId, artifact_uri: &str) -> StoreResult<Location> {
+        match id {
+            RootId::Run(run_id) => Stores::locate_run(self, run_id, artifact_uri).await,
+            // The server gives out of runs only what no store here has.
+            RootId::Model(_) | RootId::Version { .. } => Stores::locate(self, artifact_uri).await,
+        }
     }
 }
 
@@ -92,9 +98,10 @@ pub struct Catalog {
     stores: Arc<dyn Locate>,
     ttl: Duration,
     cache: Cache,
-    /// One request at a time for each run that is asked for.
-    flights: Mutex<HashMap<String, Flight>>,
+    /// One request at a time for each root that is asked for.
+    flights: Mutex<HashMap<RootId, Flight>>,
     outage: Outage,
+    branches: Branches,
 }
 
 impl Catalog {
@@ -108,40 +115,41 @@ impl Catalog {
             cache: Cache::new(),
             flights: Mutex::default(),
             outage: Outage::default(),
+            branches: Branches::default(),
         })
     }
 
-    /// Any run the server knows and has not deleted, listed or not. Its store is not opened, so
-    /// a run in a store that cannot be served is found too.
+    /// Any artifact root of something the server knows and has not deleted, listed or not. Its store is
+    /// not opened, so one in a store that cannot be served is found too.
     ///
     /// # Errors
-    /// `NotFound` for runs that do not exist or are deleted; the server's other failures.
-    pub async fn run_entry(self: &Arc<Self>, run_id: &str) -> Result<RunEntry, CatalogError> {
-        Ok(self.resolve(run_id).await?.entry(run_id))
+    /// `NotFound` for what does not exist or is deleted; the server's other failures.
+    pub async fn root_entry(self: &Arc<Self>, id: &RootId) -> Result<RootEntry, CatalogError> {
+        Ok(self.resolve(id).await?.entry(id))
     }
 
-    /// What is known of a run within the TTL, without asking anybody. `None` says nothing.
-    pub fn known_run(&self, run_id: &str) -> Option<RunEntry> {
-        let known = self.cache.get(run_id)?;
-        let run = known.is_younger_than(self.ttl).then_some(known.answer)??;
-        Some(run.entry(run_id))
+    /// What is known of a root within the TTL, without asking anybody. `None` says nothing.
+    pub fn known_root(&self, id: &RootId) -> Option<RootEntry> {
+        let known = self.cache.get(id)?;
+        let root = known.is_younger_than(self.ttl).then_some(known.answer)??;
+        Some(root.entry(id))
     }
 
-    /// The artifact root of a run that was found. No request is sent to its store, and while the
-    /// run is remembered none to the server: MLflow fixes the root when a run is made.
+    /// An artifact root that was found. No request is sent to its store, and while it is remembered none
+    /// to the server: MLflow fixes it when the run or model is made.
     ///
     /// # Errors
-    /// As [`Self::run_entry`], and those of opening the store: `Unsupported` for a scheme that no
+    /// As [`Self::root_entry`], and those of opening the store: `Unsupported` for a scheme that no
     /// store serves.
-    pub async fn run(self: &Arc<Self>, run_id: &str) -> Result<ArtifactRoot, CatalogError> {
-        let known = self.cache.get(run_id).and_then(|known| known.answer);
-        let run = match known {
-            Some(run) => run,
-            None => self.resolve(run_id).await?,
+    pub async fn root(self: &Arc<Self>, id: &RootId) -> Result<ArtifactRoot, CatalogError> {
+        let known = self.cache.get(id).and_then(|known| known.answer);
+        let root = match known {
+            Some(root) => root,
+            None => self.resolve(id).await?,
         };
-        let location = self.stores.locate(run_id, &run.artifact_uri).await?;
+        let location = self.stores.locate(id, &root.artifact_uri).await?;
         Ok(ArtifactRoot {
-            run_id: run_id.to_owned(),
+            id: id.clone(),
             location,
         })
     }
@@ -151,39 +159,39 @@ impl Catalog {
         RunListing::new(Arc::clone(self))
     }
 
-    async fn resolve(self: &Arc<Self>, run_id: &str) -> Result<Arc<KnownRun>, CatalogError> {
-        let known = self.cache.get(run_id);
+    async fn resolve(self: &Arc<Self>, id: &RootId) -> Result<Arc<KnownRoot>, CatalogError> {
+        let known = self.cache.get(id);
         if let Some(known) = &known
             && known.is_younger_than(self.ttl)
         {
             let answer = known.answer.clone();
-            return answer.ok_or_else(|| self.missing(run_id));
+            return answer.ok_or_else(|| self.missing(id));
         }
         let longest = self.ttl.saturating_add(GRACE);
         let stale = known
             .filter(|known| known.is_younger_than(longest))
             .and_then(|known| known.answer);
         let answer = match stale {
-            Some(stale) => self.refresh(run_id, stale).await?,
-            None => self.ask(run_id).await?,
+            Some(stale) => self.refresh(id, stale).await?,
+            None => self.ask(id).await?,
         };
-        answer.ok_or_else(|| self.missing(run_id))
+        answer.ok_or_else(|| self.missing(id))
     }
 
-    /// Asks for a run that was known; if the server is away or slow, what was known counts.
+    /// Asks for a root that was known; if the server is away or slow, what was known counts.
     async fn refresh(
         self: &Arc<Self>,
-        run_id: &str,
-        stale: Arc<KnownRun>,
+        id: &RootId,
+        stale: Arc<KnownRoot>,
     ) -> TrackingResult<Answer> {
         if self.outage.is_known() {
             if self.outage.is_time_to_ask() {
                 // It runs by itself; nobody waits for it.
-                drop(self.ask(run_id));
+                drop(self.ask(id));
             }
             return Ok(Some(stale));
         }
-        match timeout(PATIENCE, self.ask(run_id)).await {
+        match timeout(PATIENCE, self.ask(id)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(
                 error @ (TrackingError::Unavailable { .. } | TrackingError::Protocol { .. }),
@@ -205,35 +213,54 @@ impl Catalog {
         }
     }
 
-    /// Joins the request for a run that is under way, or starts one. It runs as a task of its
+    /// Joins the request for a root that is under way, or starts one. It runs as a task of its
     /// own, and ends whether or not anybody waits.
-    fn ask(self: &Arc<Self>, run_id: &str) -> Flight {
+    fn ask(self: &Arc<Self>, id: &RootId) -> Flight {
         let flight = {
             let mut flights = self.flights.lock();
-            if let Some(flight) = flights.get(run_id) {
+            if let Some(flight) = flights.get(id) {
                 return flight.clone();
             }
             let landing = Landing {
                 catalog: Arc::clone(self),
-                run_id: run_id.to_owned(),
+                id: id.clone(),
             };
             let flight = landing.fly().boxed().shared();
-            flights.insert(run_id.to_owned(), flight.clone());
+            flights.insert(id.clone(), flight.clone());
             flight
         };
         tokio::spawn(flight.clone());
         flight
     }
 
-    async fn fetch(&self, run_id: &str) -> TrackingResult<Answer> {
+    async fn fetch(&self, id: &RootId) -> TrackingResult<Answer> {
         let asked = Instant::now();
-        let answer = match self.noted(self.tracking.run(run_id).await) {
-            Ok(run) => (run.lifecycle == Lifecycle::Active).then(|| Arc::new(KnownRun::new(&run))),
+        let answer = match self.noted(self.ask_for(id).await) {
+            Ok(answer) => answer.map(Arc::new),
             Err(TrackingError::NotFound { .. }) => None,
             Err(error) => return Err(error),
         };
-        self.cache.put(run_id, answer.clone(), asked);
+        self.cache.put(id, answer.clone(), asked);
         Ok(answer)
+    }
+
+    async fn ask_for(&self, id: &RootId) -> TrackingResult<Option<KnownRoot>> {
+        match id {
+            RootId::Run(run_id) => {
+                let run = self.tracking.run(run_id).await?;
+                let active = run.lifecycle == Lifecycle::Active;
+                Ok(active.then(|| KnownRoot::of_run(&run)))
+            }
+            RootId::Model(model_id) => {
+                let model = self.tracking.logged_model(model_id).await?;
+                Ok(Some(KnownRoot::of_model(&model)))
+            }
+            RootId::Version { model, version } => {
+                let known = self.tracking.model_version(model, version).await?;
+                let uri = self.tracking.version_location(model, version).await?;
+                Ok(Some(KnownRoot::of_version(&uri, known.modified)))
+            }
+        }
     }
 
     /// Passes an answer on, and notes what it tells of the server.
@@ -247,11 +274,11 @@ impl Catalog {
         answer
     }
 
-    fn missing(&self, run_id: &str) -> CatalogError {
+    fn missing(&self, what: &dyn fmt::Display) -> CatalogError {
         let server = self.tracking.name().to_owned();
         TrackingError::NotFound {
             server,
-            what: format!("run {run_id}"),
+            what: what.to_string(),
         }
         .into()
     }
@@ -260,17 +287,17 @@ impl Catalog {
 /// Ends a flight, however it ends: the next caller starts a new one.
 struct Landing {
     catalog: Arc<Catalog>,
-    run_id: String,
+    id: RootId,
 }
 
 impl Landing {
     async fn fly(self) -> TrackingResult<Answer> {
-        // A panic would stay in the shared future, and meet all who ask for this run from then on.
-        let fetch = AssertUnwindSafe(self.catalog.fetch(&self.run_id));
+        // A panic would stay in the shared future, and meet all who ask for this from then on.
+        let fetch = AssertUnwindSafe(self.catalog.fetch(&self.id));
         fetch.catch_unwind().await.unwrap_or_else(|_| {
             Err(TrackingError::Unavailable {
                 server: self.catalog.tracking.name().to_owned(),
-                detail: "asking for a run panicked; this is a bug in mlfs".to_owned(),
+                detail: "asking the server panicked; this is a bug in mlfs".to_owned(),
             })
         })
     }
@@ -279,7 +306,7 @@ impl Landing {
 impl Drop for Landing {
     fn drop(&mut self) {
         // The flight may be dropped here, which must not happen under the lock.
-        let flight = self.catalog.flights.lock().remove(&self.run_id);
+        let flight = self.catalog.flights.lock().remove(&self.id);
         drop(flight);
     }
 }

@@ -96,6 +96,13 @@ impl Drop for Mounted<'_> {
     }
 }
 
+/// The runs that a mount shows.
+fn runs(mount: &Mounted<'_>) -> Vec<String> {
+    let mut names = names(&mount.at(""));
+    names.retain(|name| name != "experiments" && name != "models");
+    names
+}
+
 /// A disk of its own, as small as told; taken down when dropped.
 struct Disk(CString);
 
@@ -138,9 +145,15 @@ fn a_database_beside_one_is_mounted_with_nothing_said() {
     fs::create_dir_all(folder.artifacts(RUN)).unwrap();
     fs::write(folder.artifacts(RUN).join("model.bin"), b"precious").unwrap();
     let mount = folder.mount(&["--metadata-ttl", "0"]);
-    assert_eq!(names(&mount.at("")), [RUN]);
+    assert_eq!(runs(&mount), [RUN]);
     let model = mount.at(RUN).join("model.bin");
     assert_eq!(fs::read(&model).unwrap(), b"precious");
+    // By its name too. A database from before there were models has none.
+    let named = mount.at("experiments/tried/a run/model.bin");
+    assert_eq!(fs::read(named).unwrap(), b"precious");
+    assert_eq!(names(&mount.at("experiments/tried")), ["a run"]);
+    assert!(names(&mount.at("models")).is_empty());
+    assert!(!mount.at("models/some").exists() && !mount.at("models/some@alias").exists());
 
     // Written here, there at once; and the other way round.
     let data = noise(40 << 20);
@@ -162,7 +175,7 @@ fn a_database_beside_one_is_mounted_with_nothing_said() {
         [RUN],
     );
     assert_eq!(deleted.unwrap(), 1);
-    assert_eq!(names(&mount.at("")), [OTHER]);
+    assert_eq!(runs(&mount), [OTHER]);
     assert_eq!(errno(fs::metadata(&model)), libc::ENOENT);
 }
 
@@ -174,10 +187,10 @@ fn a_transaction_of_a_writer_is_not_seen_and_does_not_disturb() {
     let mount = folder.mount(&["--metadata-ttl", "0"]);
     database.execute_batch("BEGIN IMMEDIATE").unwrap();
     folder.add(&database, OTHER);
-    assert_eq!(names(&mount.at("")), [RUN]);
+    assert_eq!(runs(&mount), [RUN]);
     assert_eq!(errno(fs::metadata(mount.at(OTHER))), libc::ENOENT);
     database.execute_batch("COMMIT").unwrap();
-    assert_eq!(names(&mount.at("")), [RUN, OTHER]);
+    assert_eq!(runs(&mount), [RUN, OTHER]);
 }
 
 #[test]
@@ -200,7 +213,8 @@ fn files_of_mlflows_older_way_are_mounted_with_nothing_said() {
     fs::create_dir(&half).unwrap();
     fs::write(half.join("meta.yaml"), "artifact_uri: [").unwrap();
     let mount = folder.mount(&[]);
-    assert_eq!(names(&mount.at("")), [RUN]);
+    assert_eq!(runs(&mount), [RUN]);
+    assert_eq!(names(&mount.at("experiments/1")), ["x: 'y'%0Az"]);
     let told = fs::metadata(mount.at(RUN)).unwrap();
     assert_eq!(told.mtime(), 1_700_000_000);
     fs::write(mount.at(RUN).join("f"), b"content").unwrap();
@@ -258,7 +272,7 @@ fn a_run_that_is_stored_in_a_mount_is_refused() {
     );
     assert_eq!(moved.unwrap(), 1);
     let mount = folder.mount(&["--log-file", "log"]);
-    assert_eq!(names(&mount.at("")), [RUN]);
+    assert_eq!(runs(&mount), [RUN]);
     let listed = fs::read_dir(mount.at(RUN)).and_then(Iterator::collect::<io::Result<Vec<_>>>);
     assert_eq!(errno(listed), libc::EOPNOTSUPP);
     harness::wait_until("the log to say so", || {

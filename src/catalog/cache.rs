@@ -1,4 +1,4 @@
-//! What the catalog was told of runs, and when.
+//! What the catalog was told of artifact roots, and when.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -8,41 +8,64 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use super::RunEntry;
-use crate::tracking::Run;
+use super::{RootEntry, RootId};
+use crate::tracking::{LoggedModel, Run};
 
-/// Runs remembered at most. One takes about 350 bytes with its artifact URI: some 22 MiB when full.
+/// Artifact roots remembered at most. One takes about 350 bytes with its URI: some 22 MiB when full.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(65_536).unwrap();
 
-/// As much of a run as the catalog needs.
+/// As much of an artifact root as the catalog needs.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct KnownRun {
+pub(super) struct KnownRoot {
     pub artifact_uri: Box<str>,
+    /// Empty where nobody asks for it.
+    pub experiment_id: Box<str>,
     created: SystemTime,
     modified: SystemTime,
 }
 
-impl KnownRun {
-    pub fn new(run: &Run) -> Self {
+impl KnownRoot {
+    pub fn of_run(run: &Run) -> Self {
         let created = run.start_time.unwrap_or(SystemTime::UNIX_EPOCH);
         Self {
             artifact_uri: run.artifact_uri.as_str().into(),
+            experiment_id: run.experiment_id.as_str().into(),
             created,
             modified: run.end_time.unwrap_or(created),
         }
     }
 
-    pub fn entry(&self, run_id: &str) -> RunEntry {
-        RunEntry {
-            run_id: run_id.to_owned(),
+    pub fn of_model(model: &LoggedModel) -> Self {
+        let created = model.created.unwrap_or(SystemTime::UNIX_EPOCH);
+        Self {
+            artifact_uri: model.artifact_uri.as_str().into(),
+            experiment_id: "".into(),
+            created,
+            modified: model.modified.unwrap_or(created),
+        }
+    }
+
+    pub fn of_version(artifact_uri: &str, modified: Option<SystemTime>) -> Self {
+        let modified = modified.unwrap_or(SystemTime::UNIX_EPOCH);
+        Self {
+            artifact_uri: artifact_uri.into(),
+            experiment_id: "".into(),
+            created: modified,
+            modified,
+        }
+    }
+
+    pub fn entry(&self, id: &RootId) -> RootEntry {
+        RootEntry {
+            id: id.clone(),
             created: self.created,
             modified: self.modified,
         }
     }
 }
 
-/// An answer of the server: the run, or that there is none (any more).
-pub(super) type Answer = Option<Arc<KnownRun>>;
+/// An answer of the server: the root, or that there is none (any more).
+pub(super) type Answer = Option<Arc<KnownRoot>>;
 
 #[derive(Clone, Debug)]
 pub(super) struct Remembered {
@@ -58,29 +81,29 @@ impl Remembered {
     }
 }
 
-/// Answers by run id; the least recently used is forgotten first.
+/// Answers by whose root it is; the least recently used is forgotten first.
 #[derive(Debug)]
 pub(super) struct Cache {
-    runs: Mutex<LruCache<String, Remembered>>,
+    roots: Mutex<LruCache<RootId, Remembered>>,
 }
 
 impl Cache {
     pub fn new() -> Self {
         Self {
-            runs: Mutex::new(LruCache::sparse(REMEMBERED)),
+            roots: Mutex::new(LruCache::sparse(REMEMBERED)),
         }
     }
 
-    pub fn get(&self, run_id: &str) -> Option<Remembered> {
-        self.runs.lock().get(run_id).cloned()
+    pub fn get(&self, id: &RootId) -> Option<Remembered> {
+        self.roots.lock().get(id).cloned()
     }
 
     /// Remembers an answer, unless one to a later question is known: a page of a listing may
     /// arrive after a lookup that began later and knows better.
-    pub fn put(&self, run_id: &str, answer: Answer, asked: Instant) {
-        let mut runs = self.runs.lock();
-        if runs.peek(run_id).is_none_or(|known| known.asked <= asked) {
-            runs.put(run_id.to_owned(), Remembered { answer, asked });
+    pub fn put(&self, id: &RootId, answer: Answer, asked: Instant) {
+        let mut roots = self.roots.lock();
+        if roots.peek(id).is_none_or(|known| known.asked <= asked) {
+            roots.put(id.clone(), Remembered { answer, asked });
         }
     }
 }

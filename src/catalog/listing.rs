@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::cache::KnownRun;
-use super::{Catalog, CatalogError, RunEntry};
+use super::cache::KnownRoot;
+use super::{Catalog, CatalogError, RootEntry, RootId};
 use crate::tracking::{Page, Run, TrackingError};
 
 /// Experiments searched by one request: their ids travel in its body.
-const EXPERIMENTS_PER_SEARCH: usize = 100;
+pub(super) const EXPERIMENTS_PER_SEARCH: usize = 100;
 
 /// A listing under way; it holds all state, the server none. Pages may shift on the server while
 /// they are read; no run shows twice.
@@ -30,7 +30,7 @@ pub struct RunListing {
 
 /// Where the next page begins.
 #[derive(Debug)]
-enum Next {
+pub(super) enum Next {
     First,
     From(String),
     End,
@@ -43,14 +43,14 @@ struct Search {
 }
 
 impl Next {
-    fn token(&self) -> Option<&str> {
+    pub fn token(&self) -> Option<&str> {
         match self {
             Self::From(token) => Some(token),
             Self::First | Self::End => None,
         }
     }
 
-    fn is_end(&self) -> bool {
+    pub fn is_end(&self) -> bool {
         matches!(self, Self::End)
     }
 }
@@ -72,7 +72,7 @@ impl RunListing {
     ///
     /// # Errors
     /// The server's, after its retries.
-    pub async fn next_page(&mut self) -> Result<Option<Vec<RunEntry>>, CatalogError> {
+    pub async fn next_page(&mut self) -> Result<Option<Vec<RootEntry>>, CatalogError> {
         loop {
             if self.searching.as_ref().is_some_and(|it| !it.next.is_end()) {
                 let entries = self.search().await?;
@@ -94,7 +94,7 @@ impl RunListing {
         }
     }
 
-    async fn search(&mut self) -> Result<Vec<RunEntry>, CatalogError> {
+    async fn search(&mut self) -> Result<Vec<RootEntry>, CatalogError> {
         let Some(search) = &mut self.searching else {
             return Ok(Vec::new());
         };
@@ -109,13 +109,13 @@ impl RunListing {
     }
 
     /// The runs that are new to this listing, as entries; the catalog remembers them.
-    fn take(&mut self, runs: Vec<Run>, asked: Instant) -> Vec<RunEntry> {
+    fn take(&mut self, runs: Vec<Run>, asked: Instant) -> Vec<RootEntry> {
         let mut entries = Vec::with_capacity(runs.len());
         for run in runs {
             if self.seen_runs.insert(run.run_id.as_str().into()) {
-                let known = Arc::new(KnownRun::new(&run));
-                entries.push(known.entry(&run.run_id));
-                self.catalog.cache.put(&run.run_id, Some(known), asked);
+                let (id, known) = (RootId::run(&run.run_id), Arc::new(KnownRoot::of_run(&run)));
+                entries.push(known.entry(&id));
+                self.catalog.cache.put(&id, Some(known), asked);
             }
         }
         entries
@@ -127,7 +127,7 @@ impl RunListing {
         let Page { items, next } = self.catalog.noted(page)?;
         self.more_experiments = self.catalog.following(&self.more_experiments, next)?;
         let seen = &mut self.seen_experiments;
-        self.experiments = items;
+        self.experiments = items.into_iter().map(|it| it.experiment_id).collect();
         self.experiments.retain(|id| seen.insert(id.clone()));
         Ok(())
     }
@@ -136,7 +136,11 @@ impl RunListing {
 impl Catalog {
     /// What follows a page. A server that answers with the token it was asked with would be asked
     /// for ever.
-    fn following(&self, current: &Next, token: Option<String>) -> Result<Next, CatalogError> {
+    pub(super) fn following(
+        &self,
+        current: &Next,
+        token: Option<String>,
+    ) -> Result<Next, CatalogError> {
         match token {
             None => Ok(Next::End),
             Some(token) if current.token() == Some(token.as_str()) => {

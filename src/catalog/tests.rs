@@ -1,10 +1,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
 
 use tokio::sync::Semaphore;
 
 use super::*;
-use crate::tracking::{Page, Run};
+use crate::tracking::{Experiment, Page, Run};
 
 const TTL: Duration = Duration::from_secs(5);
 
@@ -80,6 +81,14 @@ impl Fake {
     }
 }
 
+fn experiment(experiment_id: String) -> Experiment {
+    Experiment {
+        name: format!("name of {experiment_id}"),
+        experiment_id,
+        modified: None,
+    }
+}
+
 fn run(run_id: &str) -> Run {
     let start = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
     Run {
@@ -126,9 +135,13 @@ impl Tracking for Fake {
         .await
     }
 
-    async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<String>> {
-        self.respond(|| Ok(page(&self.experiments.lock(), token)))
-            .await
+    async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<Experiment>> {
+        let answer = self.respond(|| Ok(page(&self.experiments.lock(), token)));
+        let Page { items, next } = answer.await?;
+        Ok(Page {
+            items: items.into_iter().map(experiment).collect(),
+            next,
+        })
     }
 
     async fn runs(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>> {
@@ -174,7 +187,7 @@ fn catalog(ttl: Duration) -> (Arc<Fake>, Arc<Catalog>) {
 }
 
 async fn errno(catalog: &Arc<Catalog>, run_id: &str) -> i32 {
-    match catalog.run_entry(run_id).await {
+    match catalog.root_entry(&RootId::run(run_id)).await {
         Ok(_) => 0,
         Err(error) => error.errno(),
     }
@@ -192,7 +205,7 @@ async fn list(catalog: &Arc<Catalog>) -> Vec<String> {
     let mut names = Vec::new();
     while let Some(page) = listing.next_page().await.unwrap() {
         assert!(!page.is_empty());
-        names.extend(page.into_iter().map(|run| run.run_id));
+        names.extend(page.into_iter().map(|run| run.id.name().to_string()));
     }
     names
 }
@@ -236,7 +249,7 @@ async fn the_ttl_may_be_for_ever_and_never() {
         assert_eq!(errno(&never, "nowhere").await, libc::ENOENT);
     }
     assert_eq!(fake.asked(), 6);
-    assert_eq!(never.known_run("here"), None);
+    assert_eq!(never.known_root(&RootId::run("here")), None);
 }
 
 #[tokio::test(start_paused = true)]
@@ -271,7 +284,11 @@ async fn concurrent_callers_share_one_request_and_its_failure_even_without_a_ttl
 async fn a_caller_who_gives_up_leaves_the_request_to_the_others() {
     let (fake, catalog) = catalog(TTL);
     let permits = fake.gate.forget_permits(usize::MAX);
-    let waiting = timeout(Duration::from_secs(1), catalog.run_entry("here")).await;
+    let waiting = timeout(
+        Duration::from_secs(1),
+        catalog.root_entry(&RootId::run("here")),
+    )
+    .await;
     assert!(waiting.is_err());
     fake.gate.add_permits(permits);
     assert_eq!(errno(&catalog, "here").await, 0);
@@ -380,10 +397,10 @@ async fn a_listing_pages_through_all_experiments_and_what_it_lists_is_known() {
         "0-0", "0-1", "0-2", "1-0", "1-1", "1-2", "4-0", "4-1", "4-2",
     ];
     assert_eq!(names, expected);
-    let entry = catalog.run_entry("0-1").await.unwrap();
-    assert_eq!(catalog.known_run("0-1"), Some(entry));
-    assert_eq!(catalog.known_run("nowhere"), None);
-    let root = catalog.run("4-2").await.unwrap();
+    let entry = catalog.root_entry(&RootId::run("0-1")).await.unwrap();
+    assert_eq!(catalog.known_root(&RootId::run("0-1")), Some(entry));
+    assert_eq!(catalog.known_root(&RootId::run("nowhere")), None);
+    let root = catalog.root(&RootId::run("4-2")).await.unwrap();
     assert_eq!(root.location.prefix, "4-2/artifacts");
     assert_eq!(fake.asked(), 0);
 }
@@ -407,9 +424,10 @@ async fn no_request_of_a_listing_names_more_experiments_than_the_bound() {
             Ok(run("any"))
         }
 
-        async fn experiments(&self, _: Option<&str>) -> TrackingResult<Page<String>> {
+        async fn experiments(&self, _: Option<&str>) -> TrackingResult<Page<Experiment>> {
+            let ids = (0..1050).map(|id| (id % 1030).to_string());
             Ok(Page {
-                items: (0..1050).map(|id| (id % 1030).to_string()).collect(),
+                items: ids.map(experiment).collect(),
                 next: None,
             })
         }
@@ -456,7 +474,10 @@ async fn a_listing_that_fails_goes_on_where_it_failed() {
     fake.feel(Mood::Down);
     assert_eq!(listing.next_page().await.unwrap_err().errno(), libc::EIO);
     fake.feel(Mood::Well);
-    assert_eq!(listing.next_page().await.unwrap().unwrap()[0].run_id, "c");
+    assert_eq!(
+        listing.next_page().await.unwrap().unwrap()[0].id,
+        RootId::run("c")
+    );
     assert_eq!(listing.next_page().await.unwrap(), None);
 }
 
@@ -481,8 +502,8 @@ async fn a_page_that_arrives_late_does_not_undo_what_a_later_lookup_learned() {
     fake.runs.lock().remove("here");
     tokio::time::advance(Duration::from_secs(1)).await;
     assert_eq!(errno(&catalog, "here").await, libc::ENOENT);
-    let known = Some(Arc::new(KnownRun::new(&listed)));
-    catalog.cache.put("here", known, asked);
+    let known = Some(Arc::new(KnownRoot::of_run(&listed)));
+    catalog.cache.put(&RootId::run("here"), known, asked);
     assert_eq!(errno(&catalog, "here").await, libc::ENOENT);
 }
 
@@ -495,7 +516,7 @@ async fn a_run_in_a_store_that_is_not_served_is_found_and_only_entering_it_fails
     });
     let (_, catalog) = catalog_of(fake, TTL);
     assert_eq!(errno(&catalog, "elsewhere").await, 0);
-    let entered = catalog.run("elsewhere").await.unwrap_err();
+    let entered = catalog.root(&RootId::run("elsewhere")).await.unwrap_err();
     assert_eq!(entered.errno(), libc::EOPNOTSUPP);
 }
 
@@ -518,7 +539,7 @@ async fn times_are_the_runs_own_and_the_epoch_where_unknown() {
         ("finished", 100, 200),
         ("timeless", 0, 0),
     ] {
-        let entry = catalog.run_entry(run_id).await.unwrap();
+        let entry = catalog.root_entry(&RootId::run(run_id)).await.unwrap();
         assert_eq!((entry.created, entry.modified), (at(created), at(modified)));
     }
 }

@@ -41,8 +41,8 @@ enum Question {
     Retry,
     /// That it give these uploads up.
     Discard,
-    /// Whether there is something at a path.
-    Exists,
+    /// Where a path leads.
+    Place,
 }
 
 impl Question {
@@ -52,7 +52,7 @@ impl Question {
             Self::Drain => "drain",
             Self::Retry => "retry",
             Self::Discard => "discard",
-            Self::Exists => "exists",
+            Self::Place => "place",
         }
     }
 }
@@ -124,9 +124,9 @@ pub(super) fn discard(
     ask(path, Question::Discard, ids, patience).map(drop)
 }
 
-/// Fails unless the mount at `path` has something at `below`.
-pub(super) fn exists(path: &Path, below: &Path, patience: Duration) -> Result<(), Unanswered> {
-    ask(path, Question::Exists, &[below], patience).map(drop)
+/// Where `below` leads in the mount at `path`: names of models and experiments are links.
+pub(super) fn place(path: &Path, below: &Path, patience: Duration) -> Result<PathBuf, Unanswered> {
+    ask(path, Question::Place, &[below], patience).map(PathBuf::from)
 }
 
 fn ask(
@@ -181,10 +181,9 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let outcome = match arguments.question {
         Question::Status => std::fs::read_to_string(file),
         Question::Drain => std::fs::write(file, b"now\n").map(|()| String::new()),
-        Question::Exists => {
+        Question::Place => {
             let below: PathBuf = arguments.ids.iter().collect();
-            let path = arguments.mountpoint.join(below);
-            path.symlink_metadata().map(|_| String::new())
+            place_of(&arguments.mountpoint, &below)
         }
         Question::Retry | Question::Discard => {
             let ids = arguments.ids.join(OsStr::new(" "));
@@ -196,4 +195,13 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Err(error) => Said::Error(error.raw_os_error().unwrap_or(libc::EIO)),
     };
     Ok(io::stdout().write_all(&serde_json::to_vec(&said)?)?)
+}
+
+/// The path below the mount point that `below` leads to.
+fn place_of(mountpoint: &Path, below: &Path) -> io::Result<String> {
+    let place = mountpoint.join(below).canonicalize()?;
+    let below = place.strip_prefix(mountpoint).map_err(io::Error::other)?;
+    let name = below.to_str();
+    // mlfs has no other names.
+    Ok(name.ok_or(io::ErrorKind::InvalidData)?.to_owned())
 }

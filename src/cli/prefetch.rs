@@ -44,7 +44,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             Unanswered::Failed(error) => anyhow!("{}: {}", path.display(), warmer::reason(&error)),
             error => mounts::unanswered(&mountpoint, &error),
         };
-        ask::exists(&mountpoint, &inside, arguments.timeout).map_err(told)?;
+        let inside = ask::place(&mountpoint, &inside, arguments.timeout).map_err(told)?;
         let paths = below.entry(mountpoint).or_default();
         paths.push(inside);
     }

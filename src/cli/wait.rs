@@ -39,7 +39,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Unanswered::Failed(error) => anyhow!("{shown}: {error}"),
         error => mounts::unanswered(&mountpoint, &error),
     };
-    ask::exists(&mountpoint, &below, patience(deadline)).map_err(told)?;
+    let below = ask::place(&mountpoint, &below, patience(deadline)).map_err(told)?;
     let mut progress = Progress::new();
     loop {
         let asked = ask::status(&mountpoint, patience(deadline));

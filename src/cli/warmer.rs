@@ -169,6 +169,9 @@ fn find(mut paths: Vec<PathBuf>) -> Vec<Found> {
                 for entry in fs::read_dir(&path)? {
                     paths.push(entry?.path());
                 }
+            } else if metadata.is_symlink() {
+                // The only links of a mount are its own names for what is elsewhere in it.
+                paths.push(path.canonicalize()?);
             } else {
                 bytes += metadata.len();
                 found.push((path.clone(), metadata.len()));

@@ -136,6 +136,13 @@ impl Filesystem for Callbacks {
         self.answering.call("setattr", inode.0, call, attr(reply));
     }
 
+    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        match self.answering.vfs.read_link(inode.0) {
+            Ok(target) => reply.data(target.as_bytes()),
+            Err(error) => reply.error(self.answering.errno("readlink", inode.0, &error)),
+        }
+    }
+
     fn mknod(
         &self,
         request: &Request,

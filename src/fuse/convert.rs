@@ -28,6 +28,7 @@ pub(super) fn file_type(kind: FileKind) -> FileType {
     match kind {
         FileKind::Directory => FileType::Directory,
         FileKind::Regular => FileType::RegularFile,
+        FileKind::Link => FileType::Symlink,
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) fn listed(
                 full = full || reply.add(INodeNo(inode), position, FileType::Directory, name);
             }
             for (position, listed) in (first_position(offset)..).zip(batch.listed()) {
-                let kind = file_type(listed.entry.kind());
+                let kind = file_type(listed.kind());
                 // Numbers of what nobody looked up are not known, nor needed.
                 full = full || reply.add(UNKNOWN, position, kind, &*listed.name);
                 if full {

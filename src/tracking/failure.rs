@@ -20,7 +20,39 @@ const LOOKED_AT: usize = 4096;
 pub(super) enum Subject<'a> {
     Run(&'a str),
     Runs,
+    Experiment(&'a str),
     Experiments,
+    LoggedModel(&'a str),
+    LoggedModels,
+    RegisteredModel(&'a str),
+    RegisteredModels,
+    /// Of a registered model.
+    Alias(&'a str, &'a str),
+    Version(&'a str, &'a str),
+    Versions(&'a str),
+}
+
+impl Subject<'_> {
+    /// It may not be there.
+    fn is_one(self) -> bool {
+        !matches!(
+            self,
+            Self::Runs
+                | Self::Experiments
+                | Self::LoggedModels
+                | Self::RegisteredModels
+                | Self::Versions(_)
+        )
+    }
+
+    /// What is no valid name or number is not there either. The registry says no more of an alias that
+    /// it does not have.
+    fn is_of_registry(self) -> bool {
+        matches!(
+            self,
+            Self::RegisteredModel(_) | Self::Alias(..) | Self::Version(..)
+        )
+    }
 }
 
 impl fmt::Display for Subject<'_> {
@@ -28,7 +60,17 @@ impl fmt::Display for Subject<'_> {
         match self {
             Self::Run(run_id) => write!(formatter, "run {run_id}"),
             Self::Runs => formatter.write_str("the list of runs"),
+            Self::Experiment(name) => write!(formatter, "experiment {name:?}"),
             Self::Experiments => formatter.write_str("the list of experiments"),
+            Self::LoggedModel(id) => write!(formatter, "logged model {id}"),
+            Self::LoggedModels => formatter.write_str("the list of logged models"),
+            Self::RegisteredModel(name) => write!(formatter, "registered model {name:?}"),
+            Self::RegisteredModels => formatter.write_str("the list of registered models"),
+            Self::Alias(name, alias) => write!(formatter, "alias {alias:?} of model {name:?}"),
+            Self::Version(name, version) => {
+                write!(formatter, "version {version} of model {name:?}")
+            }
+            Self::Versions(name) => write!(formatter, "the versions of model {name:?}"),
         }
     }
 }
@@ -94,9 +136,18 @@ impl Refusal<'_> {
             .as_ref()
             .is_some_and(|told| told.message.starts_with("Workspace "));
         let error = match (self.status.as_u16(), code, subject) {
-            (_, "RESOURCE_DOES_NOT_EXIST", Subject::Run(_)) if !of_workspace => {
+            (_, "RESOURCE_DOES_NOT_EXIST", subject) if subject.is_one() && !of_workspace => {
                 TrackingError::NotFound { server, what }
             }
+            (400, "INVALID_PARAMETER_VALUE", subject) if subject.is_of_registry() => {
+                TrackingError::NotFound { server, what }
+            }
+            // Servers before MLflow 3 have no such route, and none of these.
+            (
+                404 | 405,
+                "" | "ENDPOINT_NOT_FOUND",
+                Subject::LoggedModel(_) | Subject::LoggedModels,
+            ) => TrackingError::NotFound { server, what },
             (401, ..) => TrackingError::Unauthenticated { server, detail },
             (403, ..) => TrackingError::PermissionDenied {
                 server,

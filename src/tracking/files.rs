@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::rest::is_run_id;
 use super::source::plain;
 use super::wire::since_1970;
-use super::{Lifecycle, Page, Run, Tracking, TrackingError, TrackingResult};
+use super::{Experiment, Lifecycle, Page, Run, Tracking, TrackingError, TrackingResult};
 
 const META: &str = "meta.yaml";
 /// A description of a run is far smaller, bytes.
@@ -58,6 +58,12 @@ struct Meta {
     end_time: Option<u64>,
 }
 
+#[derive(Deserialize, Default)]
+struct ExperimentMeta {
+    name: Option<String>,
+    last_update_time: Option<u64>,
+}
+
 impl FileTracking {
     /// The folder, which must be absolute. Nothing is read yet.
     pub fn new(folder: PathBuf) -> Self {
@@ -93,6 +99,18 @@ impl FileTracking {
         let described =
             |name: &String| !name.starts_with('.') && self.folder.join(name).join(META).is_file();
         Ok(names.into_iter().filter(described).collect())
+    }
+
+    /// An experiment as its file has it; one whose file cannot be read goes by its id.
+    fn describe(&self, experiment_id: String) -> Experiment {
+        let path = self.folder.join(&experiment_id).join(META);
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let told: ExperimentMeta = serde_saphyr::from_str(&text).unwrap_or_default();
+        Experiment {
+            name: told.name.unwrap_or_else(|| experiment_id.clone()),
+            modified: told.last_update_time.and_then(since_1970),
+            experiment_id,
+        }
     }
 
     fn read(&self, experiment: &str, run_id: &str) -> Result<Run, Trouble> {
@@ -201,9 +219,18 @@ impl Tracking for FileTracking {
         self.ask(move |this| this.find(&run_id)).await
     }
 
-    async fn experiments(&self, _token: Option<&str>) -> TrackingResult<Page<String>> {
-        let items = self.ask(|this| this.active_experiments()).await?;
-        Ok(Page { items, next: None })
+    async fn experiments(&self, _token: Option<&str>) -> TrackingResult<Page<Experiment>> {
+        let items = self.ask(|this| {
+            let experiments = this.active_experiments()?;
+            Ok(experiments
+                .into_iter()
+                .map(|id| this.describe(id))
+                .collect())
+        });
+        Ok(Page {
+            items: items.await?,
+            next: None,
+        })
     }
 
     async fn runs(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>> {

@@ -10,14 +10,25 @@ use serde_json::{Value, json};
 use super::failure::{Failure, Subject};
 use super::settings::{SettingError, TrackingSettings};
 use super::transport::{Call, Patience, Transport, settle};
-use super::wire::{ExperimentsAnswer, RunAnswer, RunsAnswer};
-use super::{Page, Run, Tracking, TrackingError, TrackingResult};
+use super::wire::{
+    ExperimentAnswer, ExperimentDocument, ExperimentsAnswer, LocationAnswer, LoggedModelAnswer,
+    LoggedModelsAnswer, ModelVersionAnswer, ModelVersionsAnswer, RegisteredModelAnswer,
+    RegisteredModelsAnswer, RunAnswer, RunsAnswer,
+};
+use super::{
+    Experiment, LoggedModel, ModelVersion, Page, RegisteredModel, Run, Tracking, TrackingError,
+    TrackingResult,
+};
 
 /// Runs of one page; MLflow's limit is 50 000. The smaller sizes are for servers whose runs are so
 /// large (parameters, metrics and tags come along) that a page exceeds what is read of an answer.
 const RUNS_PER_PAGE: [u32; 3] = [1000, 100, 10];
 /// Experiments of one page; MLflow's limit is 50 000.
 const EXPERIMENTS_PER_PAGE: u32 = 1000;
+/// Models of one page; MLflow's limit for registered ones.
+const MODELS_PER_PAGE: u32 = 1000;
+/// Versions of one page; MLflow's limit is 200 000.
+const VERSIONS_PER_PAGE: u32 = 1000;
 /// Longest run id, bytes: MLflow's own limit.
 const LONGEST_RUN_ID: usize = 256;
 /// At start-up somebody waits for the mount: a server that refuses connections is told within a
@@ -57,7 +68,7 @@ impl RestTracking {
     async fn search<T: serde::de::DeserializeOwned>(
         &self,
         subject: Subject<'_>,
-        path: &'static str,
+        path: &str,
         body: Value,
     ) -> Result<T, Failure> {
         let call = Call {
@@ -68,6 +79,65 @@ impl RestTracking {
             body: Some(body),
         };
         self.transport.call(&call, self.transport.patience()).await
+    }
+
+    /// Asks for a document.
+    async fn get<T: serde::de::DeserializeOwned>(
+        &self,
+        subject: Subject<'_>,
+        path: &str,
+        query: &[(&str, &str)],
+    ) -> TrackingResult<T> {
+        let call = Call {
+            subject,
+            method: Method::GET,
+            path,
+            query,
+            body: None,
+        };
+        settle(self.transport.call(&call, self.transport.patience()).await)
+    }
+
+    async fn search_models(
+        &self,
+        experiments: &[String],
+        filter: Option<String>,
+        token: Option<&str>,
+    ) -> TrackingResult<Page<LoggedModel>> {
+        let body = json!({
+            "experiment_ids": experiments,
+            "filter": filter.unwrap_or_default(),
+            "max_results": MODELS_PER_PAGE,
+            "order_by": [{"field_name": "creation_timestamp", "ascending": true}],
+            "page_token": token.unwrap_or_default(),
+        });
+        let subject = Subject::LoggedModels;
+        let answer = self.search(subject, "logged-models/search", body).await;
+        match settle::<LoggedModelsAnswer>(answer) {
+            Ok(answer) => {
+                let mut page: Page<LoggedModel> = page(answer.models, answer.next_page_token);
+                page.items
+                    .retain(|model| LoggedModel::is_id(&model.model_id));
+                Ok(page)
+            }
+            // Servers before MLflow 3 have none.
+            Err(TrackingError::NotFound { .. }) => Ok(Page::default()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Runs of a name that no filter can say.
+    async fn runs_picked(&self, experiments: &[String], name: &str) -> TrackingResult<Vec<Run>> {
+        let mut named = Vec::new();
+        let mut token = None;
+        loop {
+            let page = self.runs(experiments, token.as_deref()).await?;
+            named.extend(page.items.into_iter().filter(|run| run.run_name == name));
+            token = page.next;
+            if token.is_none() {
+                return Ok(named);
+            }
+        }
     }
 
     async fn search_runs(
@@ -128,7 +198,7 @@ impl Tracking for RestTracking {
         Ok(run)
     }
 
-    async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<String>> {
+    async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<Experiment>> {
         let body = json!({
             "max_results": EXPERIMENTS_PER_PAGE,
             "view_type": "ACTIVE_ONLY",
@@ -138,11 +208,17 @@ impl Tracking for RestTracking {
         let subject = Subject::Experiments;
         let answer = self.search(subject, "experiments/search", body).await;
         let answer: ExperimentsAnswer = settle(answer)?;
-        let experiments = answer.experiments.into_iter();
-        Ok(Page {
-            items: experiments.map(|it| it.experiment_id).collect(),
-            next: answer.next_page_token.filter(|token| !token.is_empty()),
-        })
+        Ok(page(answer.experiments, answer.next_page_token))
+    }
+
+    async fn experiment(&self, name: &str) -> TrackingResult<Experiment> {
+        let subject = Subject::Experiment(name);
+        let query = [("experiment_name", name)];
+        let answer: ExperimentAnswer = self.get(subject, "experiments/get-by-name", &query).await?;
+        // Some databases compare without regard to case.
+        let found = Some(answer.experiment).filter(ExperimentDocument::is_active);
+        let found = found.map(Experiment::from).filter(|it| it.name == name);
+        found.ok_or_else(|| self.nothing(subject.to_string()))
     }
 
     async fn runs(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>> {
@@ -165,6 +241,160 @@ impl Tracking for RestTracking {
             next: answer.next_page_token.filter(|token| !token.is_empty()),
         })
     }
+
+    async fn runs_named(&self, experiment: &str, name: &str) -> TrackingResult<Vec<Run>> {
+        let Some(name_in_quotes) = quoted(name) else {
+            let experiments = [experiment.to_owned()];
+            return self.runs_picked(&experiments, name).await;
+        };
+        let body = json!({
+            "experiment_ids": [experiment],
+            "run_view_type": "ACTIVE_ONLY",
+            "max_results": RUNS_PER_PAGE[0],
+            "order_by": ["start_time ASC", "run_id ASC"],
+            "filter": format!("attributes.run_name = {name_in_quotes}"),
+        });
+        let answer = self.search(Subject::Runs, "runs/search", body).await;
+        let answer: RunsAnswer = settle(answer)?;
+        let runs = answer.runs.into_iter().map(|run| Run::from(run.info));
+        // Some databases compare without regard to case.
+        Ok(runs
+            .filter(|run| run.run_name == name && is_run_id(&run.run_id))
+            .collect())
+    }
+
+    async fn logged_model(&self, model_id: &str) -> TrackingResult<LoggedModel> {
+        let subject = Subject::LoggedModel(model_id);
+        if !LoggedModel::is_id(model_id) {
+            return Err(self.nothing(subject.to_string()));
+        }
+        let path = format!("logged-models/{model_id}");
+        let answer: LoggedModelAnswer = self.get(subject, &path, &[]).await?;
+        let model = LoggedModel::from(answer.model);
+        let found = Some(model).filter(|model| model.model_id == model_id);
+        found.ok_or_else(|| self.nothing(subject.to_string()))
+    }
+
+    async fn logged_models(
+        &self,
+        experiments: &[String],
+        token: Option<&str>,
+    ) -> TrackingResult<Page<LoggedModel>> {
+        self.search_models(experiments, None, token).await
+    }
+
+    async fn models_of_run(
+        &self,
+        experiment: &str,
+        run_id: &str,
+    ) -> TrackingResult<Vec<LoggedModel>> {
+        let filter = quoted(run_id).map(|run_id| format!("source_run_id = {run_id}"));
+        let Some(filter) = filter else {
+            return Ok(Vec::new());
+        };
+        let experiments = [experiment.to_owned()];
+        let page = self.search_models(&experiments, Some(filter), None).await?;
+        Ok(page.items)
+    }
+
+    async fn registered_model(&self, name: &str) -> TrackingResult<RegisteredModel> {
+        let subject = Subject::RegisteredModel(name);
+        let query = [("name", name)];
+        let answer: RegisteredModelAnswer =
+            self.get(subject, "registered-models/get", &query).await?;
+        let model = RegisteredModel::from(answer.registered_model);
+        let found = Some(model).filter(|model| model.name == name);
+        found.ok_or_else(|| self.nothing(subject.to_string()))
+    }
+
+    async fn registered_models(
+        &self,
+        token: Option<&str>,
+    ) -> TrackingResult<Page<RegisteredModel>> {
+        let most = MODELS_PER_PAGE.to_string();
+        let mut query = vec![("max_results", most.as_str()), ("order_by", "name ASC")];
+        query.extend(token.map(|token| ("page_token", token)));
+        let subject = Subject::RegisteredModels;
+        let answer: RegisteredModelsAnswer = self
+            .get(subject, "registered-models/search", &query)
+            .await?;
+        Ok(page(answer.registered_models, answer.next_page_token))
+    }
+
+    async fn alias(&self, name: &str, alias: &str) -> TrackingResult<String> {
+        let subject = Subject::Alias(name, alias);
+        let query = [("name", name), ("alias", alias)];
+        let answer: ModelVersionAnswer =
+            self.get(subject, "registered-models/alias", &query).await?;
+        Ok(answer.model_version.version().to_owned())
+    }
+
+    async fn model_version(&self, name: &str, version: &str) -> TrackingResult<ModelVersion> {
+        let subject = Subject::Version(name, version);
+        let query = [("name", name), ("version", version)];
+        let answer: ModelVersionAnswer = self.get(subject, "model-versions/get", &query).await?;
+        let found = Some(answer.model_version)
+            .filter(|found| !found.is_deleted() && found.version() == version);
+        let found = found.map(ModelVersion::from);
+        found.ok_or_else(|| self.nothing(subject.to_string()))
+    }
+
+    async fn model_versions(
+        &self,
+        name: &str,
+        token: Option<&str>,
+    ) -> TrackingResult<Page<ModelVersion>> {
+        let subject = Subject::Versions(name);
+        let Some(quoted_name) = quoted(name) else {
+            return Err(TrackingError::Protocol {
+                server: self.name().to_owned(),
+                what: subject.to_string(),
+                detail: "a name with both quotes cannot be searched for".to_owned(),
+            });
+        };
+        let filter = format!("name = {quoted_name}");
+        let most = VERSIONS_PER_PAGE.to_string();
+        let mut query = vec![
+            ("filter", filter.as_str()),
+            ("max_results", &most),
+            ("order_by", "version_number ASC"),
+        ];
+        query.extend(token.map(|token| ("page_token", token)));
+        let answer: ModelVersionsAnswer =
+            self.get(subject, "model-versions/search", &query).await?;
+        let versions = answer.model_versions.into_iter();
+        let versions = versions.filter(|version| !version.is_deleted());
+        Ok(page(versions.collect(), answer.next_page_token))
+    }
+
+    async fn version_location(&self, name: &str, version: &str) -> TrackingResult<String> {
+        let subject = Subject::Version(name, version);
+        let query = [("name", name), ("version", version)];
+        let path = "model-versions/get-download-uri";
+        let answer: LocationAnswer = self.get(subject, path, &query).await?;
+        Ok(answer.artifact_uri)
+    }
+}
+
+/// What a page of documents says.
+fn page<D, T: From<D>>(documents: Vec<D>, next: Option<String>) -> Page<T> {
+    Page {
+        items: documents.into_iter().map(T::from).collect(),
+        next: next.filter(|token| !token.is_empty()),
+    }
+}
+
+/// A text as MLflow's filters take one; `None` where they cannot say it.
+fn quoted(text: &str) -> Option<String> {
+    let is_plain = |letter: char| !letter.is_control() && letter != '\\';
+    let quote = match (text.contains('\''), text.contains('"')) {
+        (false, _) => '\'',
+        (true, false) => '"',
+        (true, true) => return None,
+    };
+    text.chars()
+        .all(is_plain)
+        .then(|| format!("{quote}{text}{quote}"))
 }
 
 /// What can be a run id; anything else is not asked for.

@@ -3,6 +3,8 @@
 //! Each question opens the file anew: it may be replaced while a mount lives, and opening it takes
 //! less than a millisecond. Nothing is ever written. Tables as of MLflow 1.0 to 3.17.
 
+mod models;
+
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -13,7 +15,10 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params_
 use super::rest::is_run_id;
 use super::source::plain;
 use super::wire::since_1970;
-use super::{Lifecycle, Page, Run, Tracking, TrackingError, TrackingResult};
+use super::{
+    Experiment, Lifecycle, LoggedModel, ModelVersion, Page, RegisteredModel, Run, Tracking,
+    TrackingError, TrackingResult,
+};
 
 /// How long a question waits for a writer to end its transaction.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
@@ -132,27 +137,44 @@ impl Tracking for SqliteTracking {
         })
     }
 
-    async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<String>> {
+    async fn experiments(&self, token: Option<&str>) -> TrackingResult<Page<Experiment>> {
         let after = row_number(token);
         let workspace = self.workspace.clone();
-        let items: Vec<i64> = self
+        let rows: Vec<(i64, Experiment)> = self
             .ask("experiments", move |connection| {
                 let inside = workspace_of("experiment_id", connection, workspace.as_deref())?;
+                let select = select_experiments(connection)?;
                 let query = format!(
-                    "SELECT experiment_id FROM experiments WHERE lifecycle_stage = 'active' \
-                     AND experiment_id > ?1{inside} ORDER BY experiment_id LIMIT {PER_PAGE}"
+                    "{select} AND experiment_id > ?1{inside} ORDER BY experiment_id LIMIT {PER_PAGE}"
                 );
                 let workspace = workspace_if(&inside, workspace).map(Value::from);
                 let bound = [Some(Value::from(after)), workspace].into_iter().flatten();
                 let mut query = connection.prepare(&query)?;
-                let rows = query.query_map(params_from_iter(bound), |row| row.get(0))?;
+                let rows = query.query_map(params_from_iter(bound), |row| {
+                    Ok((row.get(0)?, experiment(row)?))
+                })?;
                 rows.collect()
             })
             .await?;
         Ok(Page {
-            next: following(&items, items.last()),
-            items: items.iter().map(ToString::to_string).collect(),
+            next: following(&rows, rows.last().map(|(number, _)| number)),
+            items: rows.into_iter().map(|(_, experiment)| experiment).collect(),
         })
+    }
+
+    async fn experiment(&self, name: &str) -> TrackingResult<Experiment> {
+        let what = format!("experiment {name:?}");
+        let (name, workspace) = (name.to_owned(), self.workspace.clone());
+        let found = self.ask(&what, move |connection| {
+            let inside = workspace_of("experiment_id", connection, workspace.as_deref())?;
+            let select = select_experiments(connection)?;
+            let query = format!("{select} AND name = ?1{inside}");
+            let bound = [Some(name), workspace_if(&inside, workspace)];
+            let bound = bound.into_iter().flatten();
+            let row = connection.query_row(&query, params_from_iter(bound), experiment);
+            row.optional()
+        });
+        found.await?.ok_or_else(|| self.nothing(what))
     }
 
     async fn runs(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>> {
@@ -182,6 +204,106 @@ impl Tracking for SqliteTracking {
             next,
         })
     }
+
+    async fn runs_named(&self, experiment: &str, name: &str) -> TrackingResult<Vec<Run>> {
+        let Ok(experiment) = experiment.parse::<i64>() else {
+            return Ok(Vec::new());
+        };
+        let name = name.to_owned();
+        let runs = self.ask("runs", move |connection| {
+            let query = format!(
+                "{SELECT} WHERE lifecycle_stage = 'active' AND experiment_id = ?1 AND name = ?2 \
+                 ORDER BY runs.rowid"
+            );
+            let mut query = connection.prepare(&query)?;
+            let rows = query.query_map((experiment, name), run)?;
+            rows.collect::<rusqlite::Result<Vec<Run>>>()
+        });
+        let mut runs = runs.await?;
+        runs.retain(|run| is_run_id(&run.run_id));
+        Ok(runs)
+    }
+
+    async fn logged_model(&self, model_id: &str) -> TrackingResult<LoggedModel> {
+        self.find_logged_model(model_id).await
+    }
+
+    async fn logged_models(
+        &self,
+        experiments: &[String],
+        token: Option<&str>,
+    ) -> TrackingResult<Page<LoggedModel>> {
+        self.page_of_logged_models(experiments, token).await
+    }
+
+    async fn models_of_run(
+        &self,
+        _experiment: &str,
+        run_id: &str,
+    ) -> TrackingResult<Vec<LoggedModel>> {
+        self.logged_by(run_id).await
+    }
+
+    async fn registered_model(&self, name: &str) -> TrackingResult<RegisteredModel> {
+        self.find_registered_model(name).await
+    }
+
+    async fn registered_models(
+        &self,
+        token: Option<&str>,
+    ) -> TrackingResult<Page<RegisteredModel>> {
+        self.page_of_registered_models(token).await
+    }
+
+    async fn alias(&self, name: &str, alias: &str) -> TrackingResult<String> {
+        let model = self.find_registered_model(name).await?;
+        let mut aliases = model.aliases.into_iter();
+        let found = aliases.find(|(known, _)| known == alias);
+        let found = found.map(|(_, version)| version);
+        found.ok_or_else(|| self.nothing(format!("alias {alias:?} of model {name:?}")))
+    }
+
+    async fn model_version(&self, name: &str, version: &str) -> TrackingResult<ModelVersion> {
+        Ok(self.find_version(name, version).await?.0)
+    }
+
+    async fn model_versions(
+        &self,
+        name: &str,
+        token: Option<&str>,
+    ) -> TrackingResult<Page<ModelVersion>> {
+        self.page_of_versions(name, token).await
+    }
+
+    async fn version_location(&self, name: &str, version: &str) -> TrackingResult<String> {
+        Ok(self.find_version(name, version).await?.1)
+    }
+}
+
+/// Active experiments, with the places that [`experiment`] reads.
+fn select_experiments(connection: &Connection) -> rusqlite::Result<String> {
+    let time = match connection.column_exists(None, "experiments", "last_update_time")? {
+        true => "last_update_time",
+        false => "NULL",
+    };
+    Ok(format!(
+        "SELECT experiment_id, name, {time} FROM experiments WHERE lifecycle_stage = 'active'"
+    ))
+}
+
+fn experiment(row: &Row<'_>) -> rusqlite::Result<Experiment> {
+    Ok(Experiment {
+        experiment_id: row.get::<_, i64>(0)?.to_string(),
+        name: row.get(1)?,
+        modified: time(row, 2)?,
+    })
+}
+
+/// A time of a column that may have none.
+fn time(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<SystemTime>> {
+    let number: Option<i64> = row.get(column)?;
+    let number = number.and_then(|number| u64::try_from(number).ok());
+    Ok(number.and_then(since_1970))
 }
 
 const SELECT: &str = "SELECT run_uuid, name, experiment_id, artifact_uri, lifecycle_stage, status, \
@@ -193,12 +315,6 @@ fn run(row: &Row<'_>) -> rusqlite::Result<Run> {
     let text = |column: usize| -> rusqlite::Result<String> {
         Ok(row.get::<_, Option<String>>(column)?.unwrap_or_default())
     };
-    let time = |column: usize| -> rusqlite::Result<Option<SystemTime>> {
-        let number: Option<i64> = row.get(column)?;
-        Ok(number
-            .and_then(|number| u64::try_from(number).ok())
-            .and_then(since_1970))
-    };
     let lifecycle: String = text(4)?;
     Ok(Run {
         run_id: row.get(0)?,
@@ -207,8 +323,8 @@ fn run(row: &Row<'_>) -> rusqlite::Result<Run> {
         artifact_uri: text(3)?,
         lifecycle: Lifecycle::of(&lifecycle),
         status: text(5)?,
-        start_time: time(6)?,
-        end_time: time(7)?,
+        start_time: time(row, 6)?,
+        end_time: time(row, 7)?,
     })
 }
 

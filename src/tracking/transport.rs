@@ -34,7 +34,7 @@ pub(super) struct Call<'a> {
     pub subject: Subject<'a>,
     pub method: Method,
     /// Below `<server>/api/2.0/mlflow/`.
-    pub path: &'static str,
+    pub path: &'a str,
     pub query: &'a [(&'a str, &'a str)],
     pub body: Option<Value>,
 }

@@ -22,6 +22,8 @@ const MOVING_TTL: Duration = Duration::from_secs(1);
 pub enum FileKind {
     Directory,
     Regular,
+    /// A symbolic link.
+    Link,
 }
 
 #[derive(Clone, Debug)]
@@ -77,16 +79,20 @@ impl Vfs {
                 };
                 (size, modified, ttl)
             }
-            Kind::Run(run, _) => (0, run.modified, ttl),
+            Kind::Artifacts(root, _) => (0, root.modified, ttl),
+            Kind::Link(target) => (target.len() as u64, node.modified, ttl),
             _ => (0, node.modified, ttl),
         };
         let kind = if node.is_directory() {
             FileKind::Directory
+        } else if matches!(node.kind, Kind::Link(_)) {
+            FileKind::Link
         } else {
             FileKind::Regular
         };
         let permissions = match (kind, &node.kind) {
-            (FileKind::Directory, Kind::Control) => 0o555,
+            (FileKind::Directory, Kind::Control | Kind::Branch(_)) => 0o555,
+            (FileKind::Link, _) => 0o777,
             (FileKind::Directory, _) => 0o777 & !self.options.umask as u16,
             (_, Kind::Status) => 0o444,
             (_, Kind::Order(_)) => 0o222,
@@ -104,7 +110,7 @@ impl Vfs {
                 links: match kind {
                     _ if node.unlinked => 0,
                     FileKind::Directory => 2,
-                    FileKind::Regular => 1,
+                    FileKind::Regular | FileKind::Link => 1,
                 },
                 preferred_block,
             },

@@ -10,10 +10,11 @@ use super::directory::{Entry, Lookup, Name, Way};
 use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::names;
-use super::tree::{CONTROL, CONTROLS, DirectoryNode, Inode, Kind, ROOT, Tree};
+use super::tree::{CONTROL, CONTROLS, DirectoryNode, Inode, Kind, ROOT, Tree, fixed};
 use super::{EntryAttributes, Vfs};
-use crate::catalog::RunEntry;
+use crate::catalog::{Branch, Item, RootId};
 use crate::store::{Location, PageStart, Store};
+use crate::tracking::LoggedModel;
 use crate::write::Target;
 
 /// Keys asked for when one name is looked up: the object, names that sort between it and the
@@ -24,10 +25,11 @@ const POINT_LOOKUP_KEYS: u32 = 100;
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub inode: Inode,
-    pub run_id: Name,
+    /// The path of the artifact root below the mount point.
+    pub root: Arc<str>,
     pub directory: Arc<DirectoryNode>,
     pub location: Location,
-    /// The path below the run, without slashes at its ends.
+    /// The path below that, without slashes at its ends.
     pub path: String,
 }
 
@@ -53,7 +55,7 @@ impl Place {
         Target {
             store: Arc::clone(&self.location.store),
             key: self.key(name),
-            path: format!("{}/{}{separator}{name}", self.run_id, self.path),
+            path: format!("{}/{}{separator}{name}", self.root, self.path),
         }
     }
 }
@@ -86,16 +88,37 @@ impl Vfs {
     pub(super) async fn resolve(&self, parent: Inode, name: &str) -> VfsResult<(Inode, Duration)> {
         let ttl = self.options.metadata_ttl;
         match (parent, name) {
-            (ROOT, ".mlfs") => return Ok((CONTROL, ttl)),
             (CONTROL, _) => {
                 let inode = control_node(name).ok_or(VfsError::NOT_FOUND)?;
                 return Ok((inode, ttl));
             }
             (ROOT, _) => {
-                let run = self.catalog.run_entry(name).await?;
-                return Ok((self.run_node(run), ttl));
+                if let Some(inode) = fixed(name) {
+                    return Ok((inode, ttl));
+                }
+                // A model's id is found where models are.
+                if LoggedModel::is_id(name) {
+                    return Err(VfsError::NOT_FOUND);
+                }
+                let run = self.catalog.root_entry(&RootId::run(name)).await?;
+                let item = Item::Root(run);
+                return Ok((item_node(&mut self.tree.lock(), parent, name, &item), ttl));
             }
             _ => {}
+        }
+        match self.way_on(parent)? {
+            WayOn::Branch(branch) => {
+                let item = self.catalog.find(&branch, name).await?;
+                return Ok((item_node(&mut self.tree.lock(), parent, name, &item), ttl));
+            }
+            WayOn::Run(run_id) => {
+                let models = self.catalog.models_of_run(&run_id).await;
+                let model = models.iter().find(|(model, _)| **model == *name);
+                if let Some((_, item)) = model {
+                    return Ok((item_node(&mut self.tree.lock(), parent, name, item), ttl));
+                }
+            }
+            WayOn::Store => {}
         }
         let place = self.place(parent).await?;
         let begun = Instant::now();
@@ -141,41 +164,65 @@ impl Vfs {
         Ok(place)
     }
 
+    /// Who is asked for names in a directory.
+    fn way_on(&self, inode: Inode) -> VfsResult<WayOn> {
+        let tree = self.tree.lock();
+        let node = tree.get(inode).ok_or(VfsError::STALE)?;
+        Ok(match &node.kind {
+            Kind::Branch(branch) => WayOn::Branch(branch.clone()),
+            Kind::Artifacts(root, _) => match &root.id {
+                RootId::Run(run_id) => WayOn::Run(Arc::clone(run_id)),
+                RootId::Model(_) | RootId::Version { .. } => WayOn::Store,
+            },
+            _ => WayOn::Store,
+        })
+    }
+
+    /// The target of a symbolic link.
+    pub fn read_link(&self, inode: Inode) -> VfsResult<Name> {
+        let tree = self.tree.lock();
+        match &tree.get(inode).ok_or(VfsError::STALE)?.kind {
+            Kind::Link(target) => Ok(Arc::clone(target)),
+            _ => Err(VfsError::plain(libc::EINVAL)),
+        }
+    }
+
     /// Opens a directory's location.
     pub(super) async fn place(&self, inode: Inode) -> VfsResult<Place> {
-        let (run, run_id, known, path, directory) = {
+        let (root, id, below, known, path, directory) = {
             let tree = self.tree.lock();
             let node = tree.get(inode).ok_or(VfsError::STALE)?;
             let directory = match &node.kind {
-                Kind::Run(_, directory) | Kind::Directory(directory) => Arc::clone(directory),
-                Kind::File(_) | Kind::Status | Kind::Order(_) => {
+                Kind::Artifacts(_, directory) | Kind::Directory(directory) => Arc::clone(directory),
+                Kind::File(_) | Kind::Link(_) | Kind::Status | Kind::Order(_) => {
                     return Err(VfsError::NOT_DIRECTORY);
                 }
-                Kind::Root | Kind::Control => return Err(VfsError::NOT_PERMITTED),
+                Kind::Root | Kind::Control | Kind::Branch(_) => {
+                    return Err(VfsError::NOT_PERMITTED);
+                }
             };
-            let (run, path) = tree.place(inode).ok_or(VfsError::STALE)?;
-            let node = tree.get(run).ok_or(VfsError::STALE)?;
-            (
-                run,
-                node.name.clone(),
-                node.location.clone(),
-                path,
-                directory,
-            )
+            let (root, path) = tree.place(inode).ok_or(VfsError::STALE)?;
+            let below = Arc::from(tree.path(root));
+            let node = tree.get(root).ok_or(VfsError::STALE)?;
+            let Kind::Artifacts(entry, _) = &node.kind else {
+                return Err(VfsError::STALE);
+            };
+            let (id, known) = (entry.id.clone(), node.location.clone());
+            (root, id, below, known, path, directory)
         };
         let location = match known {
             Some(location) => location,
             None => {
-                let root = self.catalog.run(&run_id).await?;
-                if let Some(node) = self.tree.lock().get_mut(run) {
-                    node.location = Some(root.location.clone());
+                let opened = self.catalog.root(&id).await?;
+                if let Some(node) = self.tree.lock().get_mut(root) {
+                    node.location = Some(opened.location.clone());
                 }
-                root.location.clone()
+                opened.location.clone()
             }
         };
         Ok(Place {
             inode,
-            run_id,
+            root: below,
             directory,
             location,
             path,
@@ -260,11 +307,14 @@ impl Vfs {
         names.note(name, entry, begun, self.options.metadata_ttl);
         Ok(names.since(name, begun))
     }
+}
 
-    fn run_node(&self, run: RunEntry) -> Inode {
-        let mut tree = self.tree.lock();
-        run_node(&mut tree, run)
-    }
+/// Who is asked for a name.
+enum WayOn {
+    Branch(Branch),
+    /// The store; but the models of this run come first.
+    Run(Arc<str>),
+    Store,
 }
 
 /// A child that counts whatever the store says: unpublished, or a local directory.
@@ -292,8 +342,13 @@ pub(super) fn listed_node(
     {
         return Some((inode, listed.at));
     }
-    if let Some(run) = &listed.run {
-        return Some((run_node(tree, (**run).clone()), listed.at));
+    if parent == ROOT
+        && let Some(inode) = fixed(&listed.name)
+    {
+        return Some((inode, listed.at));
+    }
+    if let Some(item) = &listed.item {
+        return Some((item_node(tree, parent, &listed.name, item), listed.at));
     }
     let local = tree.child(parent, &listed.name).and_then(|(inode, node)| {
         let counts = match (&node.kind, &listed.entry) {
@@ -309,7 +364,7 @@ pub(super) fn listed_node(
     }
     // The listing may be older than what was done here since.
     let (entry, at) = match tree.get(parent).map(|node| &node.kind) {
-        Some(Kind::Run(_, directory) | Kind::Directory(directory)) => {
+        Some(Kind::Artifacts(_, directory) | Kind::Directory(directory)) => {
             match directory.names.lock().since(&listed.name, listed.at) {
                 Lookup::Found(entry, at) => (entry, at),
                 Lookup::Absent => return None,
@@ -357,17 +412,30 @@ pub(super) fn exists_locally(tree: &Tree, inode: Inode) -> bool {
         })
 }
 
-fn run_node(tree: &mut Tree, run: RunEntry) -> Inode {
-    if let Some((inode, _)) = tree.child(ROOT, &run.run_id) {
-        if let Some(node) = tree.get_mut(inode)
-            && let Kind::Run(known, _) = &mut node.kind
-        {
-            *known = run;
+/// The inode of what the catalog has under a name.
+fn item_node(tree: &mut Tree, parent: Inode, name: &str, item: &Item) -> Inode {
+    let (kind, modified) = match item {
+        Item::Branch(branch, modified) => (Kind::Branch(branch.clone()), *modified),
+        Item::Link(target, modified) => (Kind::Link(Arc::clone(target)), *modified),
+        Item::Root(root) => (Kind::Artifacts(root.clone(), Arc::default()), root.modified),
+    };
+    let known = tree.child(parent, name);
+    let same = known.filter(|(_, node)| match (&node.kind, &kind) {
+        (Kind::Branch(one), Kind::Branch(other)) => one == other,
+        (Kind::Link(one), Kind::Link(other)) => one == other,
+        (Kind::Artifacts(one, _), Kind::Artifacts(other, _)) => one.id == other.id,
+        _ => false,
+    });
+    let Some((inode, _)) = same else {
+        return tree.insert(parent, name, kind, modified);
+    };
+    if let Some(node) = tree.get_mut(inode) {
+        node.modified = modified;
+        if let (Kind::Artifacts(known, _), Item::Root(root)) = (&mut node.kind, item) {
+            *known = root.clone();
         }
-        return inode;
     }
-    let (name, modified) = (run.run_id.clone(), run.modified);
-    tree.insert(ROOT, name, Kind::Run(run, Arc::default()), modified)
+    inode
 }
 
 fn store_node(tree: &mut Tree, parent: Inode, name: Name, entry: &Entry) -> Inode {
@@ -412,7 +480,7 @@ fn store_node(tree: &mut Tree, parent: Inode, name: Name, entry: &Entry) -> Inod
 /// Stores keep no time for directories: they show that of the run.
 fn containing_time(tree: &Tree, parent: Inode) -> SystemTime {
     match tree.get(parent).map(|node| (&node.kind, node.modified)) {
-        Some((Kind::Run(run, _), _)) => run.modified,
+        Some((Kind::Artifacts(root, _), _)) => root.modified,
         Some((_, modified)) => modified,
         None => SystemTime::UNIX_EPOCH,
     }

@@ -535,7 +535,7 @@ impl Vfs {
         let Some(node) = tree.get(inode).filter(|node| !node.unlinked) else {
             return;
         };
-        if let Some(Kind::Run(_, directory) | Kind::Directory(directory)) =
+        if let Some(Kind::Artifacts(_, directory) | Kind::Directory(directory)) =
             tree.get(node.parent).map(|parent| &parent.kind)
         {
             directory

@@ -9,17 +9,17 @@ use super::directory::{Entry, Name, Present};
 use super::error::{VfsError, VfsResult};
 use super::listing::Pages;
 use super::lookup::{exists_locally, listed_node};
-use super::tree::{CONTROL, CONTROLS, Inode, Kind};
-use super::{EntryAttributes, FileInfo, Vfs};
-use crate::catalog::{RunEntry, RunListing};
+use super::tree::{CONTROL, CONTROLS, Inode, Kind, branches};
+use super::{EntryAttributes, FileInfo, FileKind, Vfs};
+use crate::catalog::{BranchListing, Item, RootId, RunListing};
 
 /// One name of a listing.
 #[derive(Clone, Debug)]
 pub struct Listed {
     pub name: Name,
     pub entry: Entry,
-    /// Set for the runs of the root.
-    pub run: Option<Box<RunEntry>>,
+    /// What the catalog has under that name, where it is no name of a store's.
+    pub(super) item: Option<Box<Item>>,
     /// When it was asked for: it is believed for the TTL from then on.
     pub(super) at: Instant,
 }
@@ -50,7 +50,9 @@ enum StreamSource {
     #[default]
     Unopened,
     Runs(RunListing),
-    Store(Pages),
+    Branch(BranchListing),
+    /// Names of the run's models come first, and count.
+    Store(Pages, Vec<Name>),
     Finished,
 }
 
@@ -60,12 +62,31 @@ impl Batch {
     }
 }
 
+impl Listed {
+    fn of_item(name: Name, item: Item, at: Instant) -> Self {
+        Self {
+            name,
+            entry: Entry::Directory,
+            item: Some(Box::new(item)),
+            at,
+        }
+    }
+
+    pub fn kind(&self) -> FileKind {
+        match self.item.as_deref() {
+            Some(Item::Link(..)) => FileKind::Link,
+            Some(Item::Branch(..) | Item::Root(_)) => FileKind::Directory,
+            None => self.entry.kind(),
+        }
+    }
+}
+
 impl From<Present> for Listed {
     fn from(present: Present) -> Self {
         Self {
             name: present.name,
             entry: present.entry,
-            run: None,
+            item: None,
             at: present.at,
         }
     }
@@ -125,25 +146,36 @@ impl Vfs {
             StreamSource::Runs(runs) => {
                 let at = Instant::now();
                 match runs.next_page().await? {
-                    Some(page) => stream.listed.extend(page.into_iter().map(|run| Listed {
-                        name: run.run_id.as_str().into(),
-                        entry: Entry::Directory,
-                        run: Some(Box::new(run)),
-                        at,
+                    Some(page) => stream.listed.extend(page.into_iter().map(|run| {
+                        let name = Arc::clone(run.id.name());
+                        Listed::of_item(name, Item::Root(run), at)
                     })),
                     None => stream.source = StreamSource::Finished,
                 }
             }
-            StreamSource::Store(pages) => {
+            StreamSource::Branch(names) => {
+                let at = Instant::now();
+                match names.next_page().await? {
+                    Some(page) => stream.listed.extend(
+                        page.into_iter()
+                            .map(|(name, item)| Listed::of_item(name, item, at)),
+                    ),
+                    None => stream.source = StreamSource::Finished,
+                }
+            }
+            StreamSource::Store(pages, models) => {
                 let present = pages.next().await?;
-                stream.listed.extend(present.into_iter().map(Listed::from));
+                let present = present.into_iter().filter(|it| !models.contains(&it.name));
+                stream.listed.extend(present.map(Listed::from));
                 if pages.finished {
                     // First: what is published meanwhile is among those that are known then.
                     let local = self.local_names(inode);
-                    stream
-                        .listed
-                        .extend(pages.end().into_iter().map(Listed::from));
-                    let missing = local.into_iter().filter(|it| !pages.has(&it.name));
+                    let others = pages.end().into_iter();
+                    let others = others.filter(|it| !models.contains(&it.name));
+                    stream.listed.extend(others.map(Listed::from));
+                    let missing = local
+                        .into_iter()
+                        .filter(|it| !pages.has(&it.name) && !models.contains(&it.name));
                     stream.listed.extend(missing);
                     stream.source = StreamSource::Finished;
                 }
@@ -155,26 +187,50 @@ impl Vfs {
     async fn begin(&self, inode: Inode, stream: &mut Stream) -> VfsResult<()> {
         let kind = self.tree.lock().get(inode).map(|node| node.kind.clone());
         match kind.ok_or(VfsError::STALE)? {
-            Kind::Root => stream.source = StreamSource::Runs(self.catalog.list_runs()),
+            Kind::Root => {
+                let at = Instant::now();
+                stream.listed = branches()
+                    .map(|(name, branch)| {
+                        let item = Item::Branch(branch, self.started);
+                        Listed::of_item(name.into(), item, at)
+                    })
+                    .collect();
+                stream.source = StreamSource::Runs(self.catalog.list_runs());
+            }
+            Kind::Branch(branch) => {
+                stream.source = StreamSource::Branch(self.catalog.list(&branch));
+            }
             Kind::Control => {
                 let tree = self.tree.lock();
                 stream.listed = tree.get(CONTROL).map_or_else(Vec::new, |_| control_names());
                 stream.source = StreamSource::Finished;
             }
-            Kind::Run(..) | Kind::Directory(_) => {
+            kind @ (Kind::Artifacts(..) | Kind::Directory(_)) => {
                 let place = self.place(inode).await?;
+                let mut models = Vec::new();
+                if let Kind::Artifacts(root, _) = &kind
+                    && let RootId::Run(run_id) = &root.id
+                {
+                    let at = Instant::now();
+                    for (name, item) in self.catalog.models_of_run(run_id).await.iter() {
+                        models.push(Arc::clone(name));
+                        let listed = Listed::of_item(Arc::clone(name), item.clone(), at);
+                        stream.listed.push(listed);
+                    }
+                }
                 let ttl = self.options.metadata_ttl;
                 // First: what is published meanwhile is among those that are known then.
                 let mut local = self.local_names(inode);
                 let known = place.directory.names.lock().complete(ttl);
                 stream.source = match known {
-                    None => StreamSource::Store(Pages::of(self.begin_listing(&place))),
+                    None => StreamSource::Store(Pages::of(self.begin_listing(&place)), models),
                     Some(known) => {
                         local.retain(|it| {
                             let found = known.binary_search_by(|known| known.name.cmp(&it.name));
                             found.is_err()
                         });
-                        stream.listed = known.into_iter().map(Listed::from).collect();
+                        local.splice(0..0, known.into_iter().map(Listed::from));
+                        local.retain(|it| !models.contains(&it.name));
                         stream.listed.append(&mut local);
                         StreamSource::Finished
                     }
@@ -208,7 +264,7 @@ impl Vfs {
             Some(Listed {
                 name: Arc::clone(name),
                 entry,
-                run: None,
+                item: None,
                 at,
             })
         });
@@ -254,7 +310,7 @@ fn control_names() -> Vec<Listed> {
                 etag: None,
                 modified: std::time::SystemTime::UNIX_EPOCH,
             }),
-            run: None,
+            item: None,
             at: Instant::now(),
         })
         .collect()

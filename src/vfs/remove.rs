@@ -50,7 +50,7 @@ impl Vfs {
         let kind = self.kind(inode)?;
         if !matches!(kind, Kind::Directory(_)) {
             return Err(match kind {
-                Kind::File(_) => VfsError::NOT_DIRECTORY,
+                Kind::File(_) | Kind::Link(_) => VfsError::NOT_DIRECTORY,
                 _ => VfsError::NOT_PERMITTED,
             });
         }
@@ -128,7 +128,7 @@ impl Vfs {
         let (inode, _) = self.resolve(parent, name).await?;
         let file = match self.kind(inode)? {
             Kind::File(file) => file,
-            Kind::Status | Kind::Order(_) => return Err(VfsError::NOT_PERMITTED),
+            Kind::Status | Kind::Order(_) | Kind::Link(_) => return Err(VfsError::NOT_PERMITTED),
             _ => return Err(VfsError::IS_DIRECTORY),
         };
         let place = self.writable_place(parent).await?;

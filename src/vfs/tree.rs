@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::directory::{Directory, Name};
 use super::file::File;
-use crate::catalog::RunEntry;
+use crate::catalog::{Branch, EXPERIMENTS, MODELS, RootEntry};
 use crate::store::Location;
 
 /// An inode number, as the kernel knows it.
@@ -28,6 +28,11 @@ pub const STATUS: Inode = 3;
 const DRAIN: Inode = 4;
 const RETRY: Inode = 5;
 const DISCARD: Inode = 6;
+/// `experiments` and `models`.
+const BRANCHES: [(&str, Inode, Branch); 2] = [
+    (EXPERIMENTS, 7, Branch::Experiments),
+    (MODELS, 8, Branch::Models),
+];
 const FIRST_FREE: Inode = 16;
 
 /// What a running mount can be told, by writing to a file in `.mlfs`.
@@ -49,6 +54,20 @@ pub const CONTROLS: [(&str, Inode, Kind); 4] = [
     ("discard", DISCARD, Kind::Order(Order::Discard)),
 ];
 
+/// The inode of a name that is always there.
+pub fn fixed(name: &str) -> Option<Inode> {
+    if name == ".mlfs" {
+        return Some(CONTROL);
+    }
+    let mut branches = BRANCHES.into_iter();
+    branches.find_map(|(branch, inode, _)| (branch == name).then_some(inode))
+}
+
+/// The names of the root that are no runs, as it lists them.
+pub fn branches() -> impl Iterator<Item = (&'static str, Branch)> {
+    BRANCHES.into_iter().map(|(name, _, branch)| (name, branch))
+}
+
 /// The state of a directory inside an artifact root, shared by those who list it.
 #[derive(Debug, Default)]
 pub struct DirectoryNode {
@@ -65,8 +84,12 @@ pub enum Kind {
     Status,
     /// What is written to it is done.
     Order(Order),
-    /// A run's artifact root; its location is opened when somebody enters it.
-    Run(RunEntry, Arc<DirectoryNode>),
+    /// A directory of names that the catalog knows.
+    Branch(Branch),
+    /// A symbolic link, with its target.
+    Link(Name),
+    /// An artifact root: a run's, or a model's. Its location is opened when somebody enters it.
+    Artifacts(RootEntry, Arc<DirectoryNode>),
     Directory(Arc<DirectoryNode>),
     File(Arc<File>),
 }
@@ -84,7 +107,7 @@ pub struct Node {
     /// No longer at its name.
     pub unlinked: bool,
     pub modified: SystemTime,
-    /// Where a run's artifacts are, once it was entered.
+    /// Where the files of an artifact root are, once it was entered.
     pub location: Option<Location>,
 }
 
@@ -114,7 +137,8 @@ impl Node {
         match &self.kind {
             Kind::Root | Kind::Control | Kind::Status | Kind::Order(_) => true,
             Kind::File(file) => file.is_needed(),
-            Kind::Run(..) => !self.children.is_empty(),
+            Kind::Link(_) => false,
+            Kind::Branch(_) | Kind::Artifacts(..) => !self.children.is_empty(),
             Kind::Directory(_) => (self.local && !self.unlinked) || !self.children.is_empty(),
         }
     }
@@ -122,7 +146,7 @@ impl Node {
     pub fn is_directory(&self) -> bool {
         matches!(
             self.kind,
-            Kind::Root | Kind::Control | Kind::Run(..) | Kind::Directory(_)
+            Kind::Root | Kind::Control | Kind::Branch(_) | Kind::Artifacts(..) | Kind::Directory(_)
         )
     }
 }
@@ -136,6 +160,12 @@ impl Tree {
         nodes.extend(
             CONTROLS.map(|(name, inode, kind)| (inode, Node::new(CONTROL, name.into(), kind, now))),
         );
+        nodes.extend(BRANCHES.map(|(name, inode, branch)| {
+            (
+                inode,
+                Node::new(ROOT, name.into(), Kind::Branch(branch), now),
+            )
+        }));
         Self {
             nodes,
             next: FIRST_FREE,
@@ -211,7 +241,7 @@ impl Tree {
         self.reap(parent);
     }
 
-    /// A name was made or taken away in the directory. A run shows the time the server tells.
+    /// A name was made or taken away in the directory. An artifact root shows the time the server tells.
     pub fn touch_directory(&mut self, inode: Inode, now: SystemTime) {
         if let Some(node) = self.nodes.get_mut(&inode)
             && matches!(node.kind, Kind::Directory(_))
@@ -253,12 +283,12 @@ impl Tree {
         }
     }
 
-    /// The run's node and the path below it (`""` for the run itself).
+    /// The node of the artifact root and the path below it (`""` for the root itself).
     pub fn place(&self, mut inode: Inode) -> Option<(Inode, String)> {
         let mut names = Vec::new();
         loop {
             let node = self.nodes.get(&inode)?;
-            if matches!(node.kind, Kind::Run(..)) {
+            if matches!(node.kind, Kind::Artifacts(..)) {
                 names.reverse();
                 return Some((inode, names.join("/")));
             }
@@ -272,26 +302,22 @@ impl Tree {
 
     /// The path below the mount point, for messages.
     pub fn path(&self, inode: Inode) -> String {
-        match self.place(inode) {
-            Some((run, path)) => {
-                let run = self.nodes.get(&run).map_or("", |node| &*node.name);
-                if path.is_empty() {
-                    run.to_owned()
-                } else {
-                    format!("{run}/{path}")
-                }
-            }
-            None => self
-                .nodes
-                .get(&inode)
-                .map_or_else(String::new, |node| node.name.to_string()),
+        let mut names = Vec::new();
+        let mut at = inode;
+        while at != ROOT
+            && let Some(node) = self.nodes.get(&at)
+        {
+            names.push(&*node.name);
+            at = node.parent;
         }
+        names.reverse();
+        names.join("/")
     }
 
     /// What directories were listed to hold is asked for again.
     pub fn forget_listings(&self) {
         for node in self.nodes.values() {
-            if let Kind::Run(_, directory) | Kind::Directory(directory) = &node.kind {
+            if let Kind::Artifacts(_, directory) | Kind::Directory(directory) = &node.kind {
                 directory.names.lock().forget();
             }
         }
@@ -327,7 +353,7 @@ impl Tree {
     /// Names that directories are known to hold, for `.mlfs/status`.
     pub fn names(&self) -> usize {
         let directories = self.nodes.values().filter_map(|node| match &node.kind {
-            Kind::Run(_, directory) | Kind::Directory(directory) => Some(directory),
+            Kind::Artifacts(_, directory) | Kind::Directory(directory) => Some(directory),
             _ => None,
         });
         directories.map(|it| it.names.lock().len()).sum()

@@ -15,6 +15,7 @@ use super::former::Former;
 use super::queue::Standing;
 use super::tree::{Inode, Order};
 use super::upload_status::UploadStatus;
+use crate::catalog::RootId;
 use crate::write::{Draft, Leftover, ResumeError};
 
 /// Why something is not sent without a word.
@@ -143,9 +144,12 @@ impl Vfs {
             Some(ResumeError::Unclosed) if told => {}
             Some(error) => return Err((leftover, error.to_string().into())),
         }
-        let run = leftover.path().split('/').next().unwrap_or_default();
-        if let Err(error) = self.catalog.run_entry(run).await {
-            let reason = format!("its run: {error}");
+        let Some(root) = RootId::of_path(leftover.path()) else {
+            let reason = "its path leads through no run or model".to_owned();
+            return Err((leftover, reason.into()));
+        };
+        if let Err(error) = self.catalog.root_entry(&root).await {
+            let reason = format!("its {}: {error}", root.kind());
             return Err((leftover, reason.into()));
         }
         let store = match self.stores.locate(leftover.store()).await {

@@ -13,7 +13,7 @@ use mlfs::catalog::Catalog;
 use mlfs::read::{DiskOptions, ReadOptions, Reader};
 use mlfs::store::Stores;
 use mlfs::store::s3::S3Settings;
-use mlfs::tracking::{Lifecycle, Page, Run, Tracking, TrackingResult};
+use mlfs::tracking::{Experiment, Lifecycle, Page, Run, Tracking, TrackingResult};
 use mlfs::vfs::{
     Access, CloseMode, EntryAttributes, FileKind, Inode, ROOT, Vfs, VfsError, VfsOptions,
 };
@@ -60,7 +60,7 @@ impl Tracking for AnyRun {
         })
     }
 
-    async fn experiments(&self, _token: Option<&str>) -> TrackingResult<Page<String>> {
+    async fn experiments(&self, _token: Option<&str>) -> TrackingResult<Page<Experiment>> {
         Ok(Page {
             items: Vec::new(),
             next: None,

@@ -65,7 +65,7 @@ class Server:
         return self.path / self.run_id
 
     def mlfs(self, *arguments, **more):
-        subprocess.run([os.environ["MLFS_BIN"], *arguments], check=True, timeout=120, **more)
+        return subprocess.run([os.environ["MLFS_BIN"], *arguments], check=True, timeout=120, **more)
 
     def mount(self, *flags):
         self.mlfs("mount", self.path, "--spill-dir", self.folder / "spill", "--log-file",

@@ -78,10 +78,11 @@ async fn listings_ask_for_what_is_active_in_rising_order_page_by_page() {
     .await;
     let tracking = tracking(&server.uri(), &[]);
     let first = tracking.experiments(None).await.unwrap();
-    assert_eq!(first.items, ["0", "7"]);
+    let experiments: Vec<String> = first.items.into_iter().map(|it| it.experiment_id).collect();
+    assert_eq!(experiments, ["0", "7"]);
     let second = tracking.experiments(first.next.as_deref()).await.unwrap();
     assert!(second.items.is_empty() && second.next.is_none());
-    let runs = tracking.runs(&first.items, Some("token")).await.unwrap();
+    let runs = tracking.runs(&experiments, Some("token")).await.unwrap();
     // A name that leads elsewhere is not shown.
     assert_eq!(runs.items.len(), 1);
     assert_eq!(runs.next, None);

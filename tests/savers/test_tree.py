@@ -1,0 +1,195 @@
+"""Experiments, logged and registered models in the tree, of a real MLflow server and of its database."""
+
+import errno
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from servers import Server
+
+MADE = """
+import json, sklearn.linear_model, mlflow.sklearn
+client = MlflowClient()
+model = sklearn.linear_model.LinearRegression().fit([[1], [2]], [2, 4])
+told = {}
+mlflow.set_experiment("team/fraud")
+told["experiment"] = mlflow.get_experiment_by_name("team/fraud").experiment_id
+for index in range(2):
+    with mlflow.start_run(run_name="first try") as run:
+        told[f"run{index}"] = run.info.run_id
+        logged = mlflow.sklearn.log_model(model, name="model", registered_model_name="fraud")
+        told[f"model{index}"] = logged.model_id
+        mlflow.log_text("hello", "note.txt")
+client.set_registered_model_alias("fraud", "champion", 1)
+for name in [".hidden", "a%41b", "new\\nline", "x" * 300, "both ' and \\"", "back\\\\slash"]:
+    with mlflow.start_run(run_name=name) as run:
+        told[name] = run.info.run_id
+client.create_registered_model("empty")
+client.create_registered_model("odd@name")
+version = client.create_model_version("fraud", sys.argv[2], None)
+told["elsewhere"] = version.version
+print(json.dumps(told))
+"""
+
+
+class Made:
+    def __init__(self, folder):
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+        (self.elsewhere / "MLmodel").write_text("from elsewhere")
+        # Whoever tells of it decides where it lies.
+        self.server = Server(folder, "--default-artifact-root", str(folder / "artifacts"),
+                             "--no-serve-artifacts")
+        self.told = json.loads(self.server.client(MADE, f"s3://mlflow/{folder.name}"))
+        self.sources = {"server": self.server.uri, "database": f"sqlite:///{folder}/mlflow.db"}
+
+    def mount(self, source, *flags):
+        self.server.unmount()
+        self.server.mlfs("mount", self.server.path, "--spill-dir", self.server.folder / "spill",
+                         "--log-file", self.server.folder / "log", *flags,
+                         env={**os.environ, "MLFLOW_TRACKING_URI": self.sources[source]})
+        self.server.mounted = True
+        return self.server.path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    made = Made(tmp_path_factory.mktemp("tree"))
+    yield made
+    made.server.stop()
+
+
+@pytest.fixture(params=["server", "database"])
+def root(made, request):
+    yield made.mount(request.param, "--metadata-ttl", "200ms")
+    made.server.unmount()
+
+
+def wait_until(what, holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_every_path_that_names_a_model_leads_to_it(made, root):
+    told = made.told
+    text = (root / "models" / told["model0"] / "MLmodel").read_text()
+    assert told["model0"] in text
+    for path in [root / told["run0"] / "model", root / "models" / "fraud" / "1",
+                 root / "models" / "fraud@champion",
+                 root / "experiments" / "team%2Ffraud" / "first try" / "model"]:
+        assert (path / "MLmodel").read_text() == text, path
+        assert (path / "MLmodel").samefile(root / "models" / told["model0"] / "MLmodel"), path
+    assert os.readlink(root / "models" / "fraud@champion") == "fraud/1"
+    assert os.readlink(root / told["run1"] / "model") == f"../models/{told['model1']}"
+    script = "print(mlflow.pyfunc.load_model(sys.argv[2]).predict([[3]])[0], end='')"
+    loaded = made.server.client(script, root / "models" / "fraud@champion")
+    assert round(float(loaded)) == 6
+
+
+def test_what_there_is_is_listed(made, root):
+    told = made.told
+    listed = set(os.listdir(root))
+    assert {"experiments", "models", told["run0"], told["run1"]} <= listed
+    assert sorted(os.listdir(root / "experiments")) == ["Default", "team%2Ffraud"]
+    runs = os.listdir(root / "experiments" / "team%2Ffraud")
+    assert len(runs) == len(set(runs)) == 8, runs
+    for name in runs:
+        link = root / "experiments" / "team%2Ffraud" / name
+        assert os.readlink(link).removeprefix("../../") in told.values(), name
+        assert link.is_dir(), name
+    first = f"first try-{told['run1'][:8]}"
+    assert {"first try", first, "%2Ehidden", "a%2541b", "new%0Aline"} <= set(runs)
+    assert os.readlink(root / "experiments" / "team%2Ffraud" / first).endswith(told["run1"])
+    models = set(os.listdir(root / "models"))
+    assert models == {"fraud", "fraud@champion", "empty", "odd@name", told["model0"],
+                      told["model1"]}
+    assert sorted(os.listdir(root / "models" / "fraud")) == ["1", "2", told["elsewhere"]]
+    assert os.listdir(root / "models" / "empty") == os.listdir(root / "models" / "odd@name") == []
+    assert sorted(os.listdir(root / told["run0"])) == ["model", "note.txt"]
+    for entry in os.scandir(root / told["run0"]):
+        assert entry.is_symlink() == (entry.name == "model")
+
+
+def test_names_that_are_not_there_are_not(root):
+    for path in ["models/nothing", "models/nothing@champion", "models/fraud@nobody",
+                 "models/fraud/99", "models/fraud/01", "models/fraud/x", "models/m-" + "0" * 32,
+                 "experiments/team", "experiments/team%2ffraud", "experiments/Default/x",
+                 "experiments/team%2Ffraud/first try-00000000", "m-" + "0" * 32]:
+        assert not os.path.lexists(root / path), path
+
+
+def test_a_version_from_elsewhere_has_a_directory_of_its_own(made, root):
+    version = root / "models" / "fraud" / made.told["elsewhere"]
+    assert not version.is_symlink() and version.is_dir()
+    (version / "added").write_bytes(b"by the mount")
+    assert (version / "added").read_bytes() == b"by the mount"
+    assert os.listdir(version) == ["added"]
+    (version / "added").unlink()
+
+
+def test_files_are_written_into_a_logged_model(made, root):
+    model = root / "models" / made.told["model0"]
+    (model / "extra").mkdir()
+    (model / "extra" / "weights").write_bytes(b"w" * 100_000)
+    script = ("print(mlflow.artifacts.download_artifacts(artifact_uri=sys.argv[2], "
+              "dst_path=sys.argv[3]), end='')")
+    to = made.server.folder / f"download-{time.monotonic_ns()}"
+    made.server.client(script, f"models:/{made.told['model0']}", to)
+    assert (to / "extra" / "weights").read_bytes() == b"w" * 100_000
+    (model / "extra" / "weights").unlink()
+    (model / "extra").rmdir()
+
+
+def test_names_are_the_servers_to_give(made, root):
+    for act, path in [(os.mkdir, "models/new"), (os.rmdir, "models/empty"),
+                      (os.unlink, "models/fraud@champion"), (os.rmdir, "experiments"),
+                      (os.unlink, f"{made.told['run0']}/model"),
+                      (lambda it: os.symlink("x", it), "models/link"),
+                      (lambda it: open(it, "w"), "experiments/file")]:
+        with pytest.raises(OSError) as caught:
+            act(root / path)
+        assert caught.value.errno in (errno.EPERM, errno.EROFS, errno.ENOSYS), path
+    with pytest.raises(OSError):
+        os.rename(root / made.told["run0"] / "note.txt", root / made.told["run0"] / "model")
+    assert (root / made.told["run0"] / "note.txt").read_text() == "hello"
+
+
+def test_what_changes_on_the_server_is_seen(made, root):
+    def client(script):
+        made.server.client(script)
+
+    champion = root / "models" / "fraud@champion"
+    with open(champion / "MLmodel") as opened:
+        client("MlflowClient().set_registered_model_alias('fraud', 'champion', 2)")
+        wait_until("the alias to move", lambda: os.readlink(champion) == "fraud/2")
+        # What is open stays what it was.
+        assert made.told["model0"] in opened.read()
+    assert made.told["model1"] in (champion / "MLmodel").read_text()
+    client("MlflowClient().set_registered_model_alias('fraud', 'champion', 1)")
+    experiments = root / "experiments"
+    client(f"MlflowClient().rename_experiment('{made.told['experiment']}', 'renamed')")
+    wait_until("the new name", lambda: (experiments / "renamed" / "first try").is_dir())
+    wait_until("the end of the old name", lambda: not (experiments / "team%2Ffraud").exists())
+    client(f"MlflowClient().rename_experiment('{made.told['experiment']}', 'team/fraud')")
+    wait_until("the old name", lambda: (experiments / "team%2Ffraud").exists())
+    second = experiments / "team%2Ffraud" / f"first try-{made.told['run1'][:8]}"
+    client(f"MlflowClient().delete_run('{made.told['run1']}')")
+    wait_until("the end of the run", lambda: not os.path.lexists(second))
+    client(f"MlflowClient().restore_run('{made.told['run1']}')")
+    wait_until("the run", second.is_dir)
+
+
+def test_commands_follow_the_links(made, root):
+    champion = root / "models" / "fraud@champion"
+    made.server.mlfs("wait", champion)
+    made.server.mlfs("prefetch", champion)
+    # All that a run has, its models too.
+    run = root / "experiments" / "team%2Ffraud" / "first try"
+    told = made.server.mlfs("prefetch", run, stdout=subprocess.PIPE, text=True)
+    files = sum(len(names) for _, _, names in os.walk(root / "models" / made.told["model0"]))
+    assert told.stdout.startswith(f"{files + 1} files"), (told.stdout, files)
