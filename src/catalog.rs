@@ -12,6 +12,7 @@ mod branch;
 mod branch_listing;
 mod cache;
 mod listing;
+mod making;
 mod naming;
 mod outage;
 mod root;

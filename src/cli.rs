@@ -3,12 +3,15 @@
 mod ask;
 mod background;
 mod cache;
+mod log_model;
 mod mount;
 mod mounts;
 mod prefetch;
 mod processes;
 mod progress;
+mod run;
 mod serve;
+mod server;
 mod status;
 mod unmount;
 mod uploads;
@@ -48,6 +51,10 @@ enum Command {
     Uploads(uploads::Arguments),
     /// Fetch files before they are read, into the disk cache if there is one
     Prefetch(prefetch::Arguments),
+    /// End a run whose files were written here
+    Run(run::Arguments),
+    /// Make a logged model of a run and print the directory to save it into; or mark one as done
+    LogModel(log_model::Arguments),
     /// Show or empty the disk cache
     Cache(cache::Arguments),
     /// The child of another subcommand; it may hang where that one must not
@@ -98,6 +105,8 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::run(arguments),
         Command::Uploads(arguments) => uploads::run(arguments),
         Command::Prefetch(arguments) => prefetch::run(arguments),
+        Command::Run(arguments) => run::run(arguments),
+        Command::LogModel(arguments) => log_model::run(arguments),
         Command::Cache(arguments) => cache::run(arguments),
         Command::Ask(arguments) => ask::run(arguments),
         Command::Warm(arguments) => warmer::run(arguments),

@@ -195,6 +195,40 @@ pub trait Tracking: fmt::Debug + Send + Sync + 'static {
         Ok(self.model_version(name, version).await?.source)
     }
 
+    /// Makes an experiment.
+    async fn create_experiment(&self, name: &str) -> TrackingResult<Experiment> {
+        Err(self.read_only(format!("making experiment {name:?}")))
+    }
+
+    /// Makes a run, which is running then.
+    async fn create_run(&self, _experiment: &str, name: &str) -> TrackingResult<Run> {
+        Err(self.read_only(format!("making run {name:?}")))
+    }
+
+    /// Ends a run with one of MLflow's words for how: FINISHED, FAILED, KILLED.
+    async fn end_run(&self, run_id: &str, _status: &str) -> TrackingResult<()> {
+        Err(self.read_only(format!("ending run {run_id}")))
+    }
+
+    /// Makes a logged model of a run, which is pending then.
+    async fn create_logged_model(&self, run: &Run, name: &str) -> TrackingResult<LoggedModel> {
+        let run_id = &run.run_id;
+        Err(self.read_only(format!("making model {name:?} of run {run_id}")))
+    }
+
+    /// Marks a logged model as ready, or as one whose upload has failed.
+    async fn finish_logged_model(&self, model_id: &str, _ready: bool) -> TrackingResult<()> {
+        Err(self.read_only(format!("marking model {model_id}")))
+    }
+
+    /// The error that nothing can be changed.
+    fn read_only(&self, what: String) -> TrackingError {
+        TrackingError::ReadOnly {
+            server: self.name().to_owned(),
+            what,
+        }
+    }
+
     /// The error that something is not there.
     fn nothing(&self, what: String) -> TrackingError {
         TrackingError::NotFound {

@@ -32,20 +32,48 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let shown = arguments.path.display();
-    let (mountpoint, below) = mounts::find_below(&arguments.path)?;
-    let deadline = Instant::now().checked_add(arguments.timeout);
+    let place = place(&arguments.path)?;
+    until_stored(&arguments.path, &place, arguments.timeout)
+}
+
+/// Where a path leads: a mount point, and the path below it.
+pub(super) type Place = (PathBuf, PathBuf);
+
+/// Where `path` leads.
+///
+/// # Errors
+/// It is on no mount; there is nothing; the mount does not answer.
+pub(super) fn place(path: &Path) -> anyhow::Result<Place> {
+    let (mountpoint, below) = mounts::find_below(path)?;
+    let below = ask::place(&mountpoint, &below, LONGEST_SILENCE);
+    let below = below.map_err(|error| match error {
+        Unanswered::Failed(error) => anyhow!("{}: {error}", path.display()),
+        error => mounts::unanswered(&mountpoint, &error),
+    })?;
+    Ok((mountpoint, below))
+}
+
+/// Waits until everything at `place` and below is stored.
+///
+/// # Errors
+/// Something is not, and does not get any further; the time is over; the mount does not answer.
+pub(super) fn until_stored(
+    path: &Path,
+    (mountpoint, below): &Place,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    let shown = path.display();
+    let deadline = Instant::now().checked_add(timeout);
     let told = |error: Unanswered| match error {
         Unanswered::Failed(error) => anyhow!("{shown}: {error}"),
-        error => mounts::unanswered(&mountpoint, &error),
+        error => mounts::unanswered(mountpoint, &error),
     };
-    let below = ask::place(&mountpoint, &below, patience(deadline)).map_err(told)?;
     let mut progress = Progress::new();
     loop {
-        let asked = ask::status(&mountpoint, patience(deadline));
+        let asked = ask::status(mountpoint, patience(deadline));
         let status = asked.inspect_err(|_| progress.end()).map_err(told)?;
         let all = status.uploads;
-        let meant = |upload: &&UploadStatus| Path::new(&upload.path).starts_with(&below);
+        let meant = |upload: &&UploadStatus| Path::new(&upload.path).starts_with(below);
         let left: Vec<&UploadStatus> = all.iter().filter(meant).collect();
         let moves = moving(&all, true).iter().any(meant);
         if left.is_empty() {

@@ -19,6 +19,17 @@ pub enum TrackingError {
     Unauthenticated { server: String, detail: String },
     #[error("{server}: cannot be reached or fails: {detail}")]
     Unavailable { server: String, detail: String },
+    #[error("{server}: {what} exists already")]
+    Exists { server: String, what: String },
+    #[error("{server}: {what} is refused: {detail}")]
+    Invalid {
+        server: String,
+        what: String,
+        detail: String,
+    },
+    /// Of what is read without a server.
+    #[error("{server}: {what}: it is only read; do it with MLflow, or mount a tracking server")]
+    ReadOnly { server: String, what: String },
     #[error("{server}: unexpected answer to {what}: {detail}")]
     Protocol {
         server: String,
@@ -33,6 +44,9 @@ impl TrackingError {
         match self {
             Self::NotFound { .. } => libc::ENOENT,
             Self::PermissionDenied { .. } | Self::Unauthenticated { .. } => libc::EACCES,
+            Self::Exists { .. } => libc::EEXIST,
+            Self::Invalid { .. } => libc::EINVAL,
+            Self::ReadOnly { .. } => libc::EROFS,
             Self::Unavailable { .. } | Self::Protocol { .. } => libc::EIO,
         }
     }

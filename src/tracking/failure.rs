@@ -30,6 +30,8 @@ pub(super) enum Subject<'a> {
     Alias(&'a str, &'a str),
     Version(&'a str, &'a str),
     Versions(&'a str),
+    /// Something that is made or changed, in words.
+    Change(&'a str),
 }
 
 impl Subject<'_> {
@@ -70,6 +72,7 @@ impl fmt::Display for Subject<'_> {
             Self::Version(name, version) => {
                 write!(formatter, "version {version} of model {name:?}")
             }
+            Self::Change(what) => formatter.write_str(what),
             Self::Versions(name) => write!(formatter, "the versions of model {name:?}"),
         }
     }
@@ -139,6 +142,14 @@ impl Refusal<'_> {
             (_, "RESOURCE_DOES_NOT_EXIST", subject) if subject.is_one() && !of_workspace => {
                 TrackingError::NotFound { server, what }
             }
+            (_, "RESOURCE_ALREADY_EXISTS", Subject::Change(_)) => {
+                TrackingError::Exists { server, what }
+            }
+            (400, _, Subject::Change(_)) => TrackingError::Invalid {
+                server,
+                what,
+                detail,
+            },
             (400, "INVALID_PARAMETER_VALUE", subject) if subject.is_of_registry() => {
                 TrackingError::NotFound { server, what }
             }

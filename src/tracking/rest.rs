@@ -1,5 +1,7 @@
 //! MLflow's tracking REST API (`/api/2.0`), as of MLflow 3.17.
 
+mod making;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -373,6 +375,26 @@ impl Tracking for RestTracking {
         let path = "model-versions/get-download-uri";
         let answer: LocationAnswer = self.get(subject, path, &query).await?;
         Ok(answer.artifact_uri)
+    }
+
+    async fn create_experiment(&self, name: &str) -> TrackingResult<Experiment> {
+        self.make_experiment(name).await
+    }
+
+    async fn create_run(&self, experiment: &str, name: &str) -> TrackingResult<Run> {
+        self.make_run(experiment, name).await
+    }
+
+    async fn end_run(&self, run_id: &str, status: &str) -> TrackingResult<()> {
+        self.finish_run(run_id, status).await
+    }
+
+    async fn create_logged_model(&self, run: &Run, name: &str) -> TrackingResult<LoggedModel> {
+        self.make_logged_model(run, name).await
+    }
+
+    async fn finish_logged_model(&self, model_id: &str, ready: bool) -> TrackingResult<()> {
+        self.mark_logged_model(model_id, ready).await
     }
 }
 

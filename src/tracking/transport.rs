@@ -29,7 +29,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// metrics and tags is some MiB.
 const LARGEST_ANSWER: usize = 32 << 20;
 
-/// A request that may be sent more than once: all of them only read.
+/// A request; how often it may be sent is its [`Patience`].
 pub(super) struct Call<'a> {
     pub subject: Subject<'a>,
     pub method: Method,

@@ -413,7 +413,7 @@ pub(super) fn exists_locally(tree: &Tree, inode: Inode) -> bool {
 }
 
 /// The inode of what the catalog has under a name.
-fn item_node(tree: &mut Tree, parent: Inode, name: &str, item: &Item) -> Inode {
+pub(super) fn item_node(tree: &mut Tree, parent: Inode, name: &str, item: &Item) -> Inode {
     let (kind, modified) = match item {
         Item::Branch(branch, modified) => (Kind::Branch(branch.clone()), *modified),
         Item::Link(target, modified) => (Kind::Link(Arc::clone(target)), *modified),

@@ -2,15 +2,16 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::closing::Item;
 use super::error::{VfsError, VfsResult};
 use super::file::File;
-use super::lookup::{Place, exists_locally};
+use super::lookup::{Place, exists_locally, item_node};
 use super::names;
 use super::tree::{Inode, Kind};
 use super::{EntryAttributes, Vfs};
+use crate::catalog::Branch;
 use crate::store::PageStart;
 use crate::write::Target;
 
@@ -23,6 +24,9 @@ impl Vfs {
             Ok(_) => return Err(VfsError::EXISTS),
             Err(error) if error.errno == libc::ENOENT => {}
             Err(error) => return Err(error),
+        }
+        if let Kind::Branch(branch) = self.kind(parent)? {
+            return self.make_in_branch(parent, &branch, name).await;
         }
         let place = self.writable_place(parent).await?;
         names::check_key(&place.location.store, &place.key(name))?;
@@ -40,6 +44,26 @@ impl Vfs {
         tree.add_lookup(inode);
         let node = tree.get(inode).ok_or(VfsError::STALE)?;
         Ok(self.describe(inode, node, self.options.metadata_ttl))
+    }
+
+    /// Makes an experiment, or a run.
+    async fn make_in_branch(
+        &self,
+        parent: Inode,
+        branch: &Branch,
+        name: &str,
+    ) -> VfsResult<EntryAttributes> {
+        let made = match branch {
+            // Names of models are given when versions are made.
+            Branch::Models | Branch::Versions(_) => return Err(VfsError::NOT_PERMITTED),
+            Branch::Experiments | Branch::Experiment(_) => self.catalog.make(branch, name).await?,
+        };
+        let mut tree = self.tree.lock();
+        let inode = item_node(&mut tree, parent, name, &made);
+        tree.add_lookup(inode);
+        let node = tree.get(inode).ok_or(VfsError::STALE)?;
+        // The kernel wants a directory now; the name of a run is a link to it.
+        Ok(self.describe(inode, node, Duration::ZERO))
     }
 
     /// Removes an empty directory.

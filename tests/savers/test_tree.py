@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 import time
 
 import pytest
@@ -146,7 +147,7 @@ def test_files_are_written_into_a_logged_model(made, root):
 
 
 def test_names_are_the_servers_to_give(made, root):
-    for act, path in [(os.mkdir, "models/new"), (os.rmdir, "models/empty"),
+    for act, path in [(os.mkdir, "models/new"), (os.mkdir, "models/fraud/7"), (os.rmdir, "models/empty"),
                       (os.unlink, "models/fraud@champion"), (os.rmdir, "experiments"),
                       (os.unlink, f"{made.told['run0']}/model"),
                       (lambda it: os.symlink("x", it), "models/link"),
@@ -193,3 +194,81 @@ def test_commands_follow_the_links(made, root):
     told = made.server.mlfs("prefetch", run, stdout=subprocess.PIPE, text=True)
     files = sum(len(names) for _, _, names in os.walk(root / "models" / made.told["model0"]))
     assert told.stdout.startswith(f"{files + 1} files"), (told.stdout, files)
+
+
+SCRIPT = """
+set -euo pipefail
+mkdir "$ROOT/experiments/by%2Fhand"
+mkdir "$ROOT/experiments/by%2Fhand/run one"
+cd "$ROOT/experiments/by%2Fhand/run one"
+echo text > note.txt
+model=$("$MLFS_BIN" log-model . clf)
+"$PYTHON" - "$model" <<'END'
+import sys, sklearn.linear_model, mlflow.sklearn
+model = sklearn.linear_model.LinearRegression().fit([[1], [2]], [2, 4])
+mlflow.sklearn.save_model(model, sys.argv[1])
+END
+"$MLFS_BIN" log-model --ready "$model"
+broken=$("$MLFS_BIN" log-model "$ROOT/experiments/by%2Fhand/run one" broken)
+"$MLFS_BIN" log-model --failed "$broken"
+cd /
+"$MLFS_BIN" run end "$ROOT/experiments/by%2Fhand/run one" --status finished
+mkdir "$ROOT/experiments/by%2Fhand/run two"
+"$MLFS_BIN" run end "$ROOT/experiments/by%2Fhand/run two" --status KILLED
+"""
+TOLD = """
+client = MlflowClient()
+experiment = client.get_experiment_by_name("by/hand").experiment_id
+runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+one, two = runs["run one"], runs["run two"]
+assert one.info.status == "FINISHED" and one.info.end_time, one
+assert two.info.status == "KILLED", two
+models = {model.name: model for model in client.search_logged_models([experiment])}
+assert models["clf"].status == "READY" and models["clf"].source_run_id == one.info.run_id, models
+assert models["broken"].status == "FAILED", models
+assert {it.model_id for it in one.outputs.model_outputs} == {it.model_id for it in models.values()}
+loaded = mlflow.pyfunc.load_model(f"runs:/{one.info.run_id}/clf")
+assert round(loaded.predict([[3]])[0]) == 6
+print("told", end="")
+"""
+
+
+def test_a_shell_script_does_what_log_model_does(made):
+    root = made.mount("server")
+    try:
+        subprocess.run(["bash", "-c", SCRIPT], check=True, timeout=120,
+                       env={**os.environ, "ROOT": str(root), "PYTHON": sys.executable})
+        assert made.server.client(TOLD) == "told"
+        run = root / "experiments" / "by%2Fhand" / "run one"
+        assert (run / "note.txt").read_text() == "text\n"
+        assert sorted(os.listdir(run)) == ["broken", "clf", "note.txt"]
+        assert "run one" in os.listdir(root / "experiments" / "by%2Fhand")
+        for name in ["by%2Fhand", "by%2Fhand/run one"]:
+            with pytest.raises(FileExistsError):
+                os.mkdir(root / "experiments" / name)
+        for name in [".hidden", "a%2fb"]:
+            with pytest.raises(OSError) as caught:
+                os.mkdir(root / "experiments" / name)
+            assert caught.value.errno == errno.EINVAL, name
+    finally:
+        made.server.client("e = MlflowClient().get_experiment_by_name('by/hand'); "
+                           "MlflowClient().delete_experiment(e.experiment_id)")
+        made.server.unmount()
+
+
+def test_commands_say_what_is_wrong(made):
+    root = made.mount("database")
+    for arguments, told in [(["run", "end", root / "models"], "not a run's directory"),
+                            (["log-model", root / made.told["run0"], "--ready"],
+                             "not a logged model's directory"),
+                            (["log-model", root / made.told["run0"]], "required"),
+                            (["run", "end", root / made.told["run0"]], "only read"),
+                            (["run", "end", made.server.folder], "not on a mount")]:
+        done = subprocess.run([os.environ["MLFS_BIN"], *arguments], capture_output=True, text=True,
+                              timeout=60)
+        assert done.returncode != 0 and told in done.stderr, (arguments, done)
+    for path in [root / "experiments" / "new", root / "experiments" / "Default" / "new"]:
+        with pytest.raises(OSError) as caught:
+            path.mkdir()
+        assert caught.value.errno == errno.EROFS
+    made.server.unmount()
