@@ -11,6 +11,7 @@
 mod branch;
 mod branch_listing;
 mod cache;
+mod document;
 mod listing;
 mod making;
 mod naming;
@@ -38,6 +39,7 @@ use outage::Outage;
 
 pub use branch::{Branch, Item};
 pub use branch_listing::BranchListing;
+pub use document::Document;
 pub use listing::RunListing;
 pub use root::{EXPERIMENTS, MODELS, RootEntry, RootId};
 
@@ -153,6 +155,19 @@ impl Catalog {
             id: id.clone(),
             location,
         })
+    }
+
+    /// The artifact URI of a root.
+    ///
+    /// # Errors
+    /// As [`Self::root_entry`].
+    pub async fn artifact_uri(self: &Arc<Self>, id: &RootId) -> Result<String, CatalogError> {
+        let known = self.cache.get(id).and_then(|known| known.answer);
+        let root = match known {
+            Some(root) => root,
+            None => self.resolve(id).await?,
+        };
+        Ok(root.artifact_uri.to_string())
     }
 
     /// Begins a listing of the active runs of all active experiments; asks for nothing yet.

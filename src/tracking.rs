@@ -19,6 +19,7 @@ use std::fmt;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
+use serde_json::Value;
 
 pub use authentication::Authentication;
 pub use courier::ArtifactCourier;
@@ -193,6 +194,17 @@ pub trait Tracking: fmt::Debug + Send + Sync + 'static {
     /// Where the files of a version lie: an artifact URI.
     async fn version_location(&self, name: &str, version: &str) -> TrackingResult<String> {
         Ok(self.model_version(name, version).await?.source)
+    }
+
+    /// All that is known of a run: `info` and `data` with its parameters, metrics and tags, in MLflow's
+    /// own words.
+    async fn run_document(&self, run_id: &str) -> TrackingResult<Value> {
+        Err(self.nothing(format!("the description of run {run_id}")))
+    }
+
+    /// All that is known of a logged model, in MLflow's own words.
+    async fn model_document(&self, model_id: &str) -> TrackingResult<Value> {
+        Err(self.nothing(format!("the description of logged model {model_id}")))
     }
 
     /// Makes an experiment.

@@ -29,6 +29,7 @@ mod synchronise;
 mod tree;
 mod upload_status;
 mod uploads;
+mod xattrs;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use fuser::{Errno, Generation, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyIoctl};
+use fuser::{Errno, Generation, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyXattr};
 use tokio::runtime::Handle;
 
 use super::convert::attributes;
@@ -72,6 +72,19 @@ fn errno(vfs: &Vfs, call: &'static str, inode: Inode, error: &VfsError) -> Errno
         tracing::warn!(call, path = vfs.path(inode), %errno, %cause, "failed");
     }
     Errno::from_i32(error.errno)
+}
+
+/// Answers with an extended attribute, or with the size of one to who asks for that.
+pub(super) fn xattr(
+    size: u32,
+    reply: ReplyXattr,
+) -> impl FnOnce(Result<Vec<u8>, Errno>) + Send + 'static {
+    move |outcome| match outcome {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(errno) => reply.error(errno),
+    }
 }
 
 /// Answers that it is done.

@@ -15,7 +15,7 @@ use fuser::{
 };
 use tokio::runtime::Handle;
 
-use super::answer::{Answering, attr, done, entry};
+use super::answer::{Answering, attr, done, entry, xattr};
 use super::backing::{self, Backing};
 use super::convert::{access, attributes, open_flags};
 use super::listing::{list, listed, listed_plus};
@@ -57,6 +57,8 @@ impl Filesystem for Callbacks {
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_ATOMIC_O_TRUNC,
+            // No file has privileges to lose: the kernel need not ask for them at each write.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ];
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
@@ -463,37 +465,50 @@ impl Filesystem for Callbacks {
         reply.ok();
     }
 
-    // Answered ENOSYS once, these are not asked again: programs then see EOPNOTSUPP.
     fn getxattr(
         &self,
         _request: &Request,
-        _inode: INodeNo,
-        _name: &OsStr,
-        _size: u32,
+        inode: INodeNo,
+        name: &OsStr,
+        size: u32,
         reply: ReplyXattr,
     ) {
-        reply.error(Errno::ENOSYS);
+        let name = name.to_owned();
+        self.answering.call(
+            "getxattr",
+            inode.0,
+            |vfs| async move { vfs.attribute(inode.0, &name).await },
+            xattr(size, reply),
+        );
     }
 
-    fn listxattr(&self, _request: &Request, _inode: INodeNo, _size: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn listxattr(&self, _request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        let call = |vfs: Arc<Vfs>| async move {
+            let names = vfs.attribute_names(inode.0)?;
+            let names = names.into_iter().map(|name| format!("{name}\0"));
+            Ok(names.collect::<String>().into_bytes())
+        };
+        self.answering
+            .call("listxattr", inode.0, call, xattr(size, reply));
     }
 
     fn setxattr(
         &self,
         _request: &Request,
-        _inode: INodeNo,
-        _name: &OsStr,
+        inode: INodeNo,
+        name: &OsStr,
         _value: &[u8],
         _flags: i32,
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::ENOSYS);
+        let refused = self.answering.vfs.refuse_attribute(inode.0, name);
+        reply.error(self.answering.errno("setxattr", inode.0, &refused));
     }
 
-    fn removexattr(&self, _request: &Request, _inode: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
+    fn removexattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let refused = self.answering.vfs.refuse_attribute(inode.0, name);
+        reply.error(self.answering.errno("removexattr", inode.0, &refused));
     }
 
     fn ioctl(

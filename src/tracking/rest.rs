@@ -377,6 +377,25 @@ impl Tracking for RestTracking {
         Ok(answer.artifact_uri)
     }
 
+    async fn run_document(&self, run_id: &str) -> TrackingResult<Value> {
+        if !is_run_id(run_id) {
+            return Err(self.not_found(run_id));
+        }
+        let query = [("run_id", run_id)];
+        let answer: Value = self.get(Subject::Run(run_id), "runs/get", &query).await?;
+        Ok(answer["run"].clone())
+    }
+
+    async fn model_document(&self, model_id: &str) -> TrackingResult<Value> {
+        let subject = Subject::LoggedModel(model_id);
+        if !LoggedModel::is_id(model_id) {
+            return Err(self.nothing(subject.to_string()));
+        }
+        let path = format!("logged-models/{model_id}");
+        let answer: Value = self.get(subject, &path, &[]).await?;
+        Ok(answer["model"].clone())
+    }
+
     async fn create_experiment(&self, name: &str) -> TrackingResult<Experiment> {
         self.make_experiment(name).await
     }

@@ -3,14 +3,17 @@
 //! Each question opens the file anew: it may be replaced while a mount lives, and opening it takes
 //! less than a millisecond. Nothing is ever written. Tables as of MLflow 1.0 to 3.17.
 
+mod documents;
 mod models;
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use rusqlite::types::Value;
+use rusqlite::types::Value as Bound;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params_from_iter};
+
+use serde_json::Value;
 
 use super::rest::is_run_id;
 use super::source::plain;
@@ -147,8 +150,8 @@ impl Tracking for SqliteTracking {
                 let query = format!(
                     "{select} AND experiment_id > ?1{inside} ORDER BY experiment_id LIMIT {PER_PAGE}"
                 );
-                let workspace = workspace_if(&inside, workspace).map(Value::from);
-                let bound = [Some(Value::from(after)), workspace].into_iter().flatten();
+                let workspace = workspace_if(&inside, workspace).map(Bound::from);
+                let bound = [Some(Bound::from(after)), workspace].into_iter().flatten();
                 let mut query = connection.prepare(&query)?;
                 let rows = query.query_map(params_from_iter(bound), |row| {
                     Ok((row.get(0)?, experiment(row)?))
@@ -277,6 +280,16 @@ impl Tracking for SqliteTracking {
 
     async fn version_location(&self, name: &str, version: &str) -> TrackingResult<String> {
         Ok(self.find_version(name, version).await?.1)
+    }
+
+    async fn run_document(&self, run_id: &str) -> TrackingResult<Value> {
+        let run = self.run(run_id).await?;
+        self.describe_run(&run).await
+    }
+
+    async fn model_document(&self, model_id: &str) -> TrackingResult<Value> {
+        let model = self.find_logged_model(model_id).await?;
+        self.describe_model(&model).await
     }
 }
 

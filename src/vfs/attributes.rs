@@ -91,10 +91,10 @@ impl Vfs {
             FileKind::Regular
         };
         let permissions = match (kind, &node.kind) {
-            (FileKind::Directory, Kind::Control | Kind::Branch(_)) => 0o555,
+            (FileKind::Directory, Kind::Control | Kind::Branch(_) | Kind::Documents(_)) => 0o555,
             (FileKind::Link, _) => 0o777,
             (FileKind::Directory, _) => 0o777 & !self.options.umask as u16,
-            (_, Kind::Status) => 0o444,
+            (_, Kind::Status | Kind::Document(..)) => 0o444,
             (_, Kind::Order(_)) => 0o222,
             _ => 0o666 & !self.options.umask as u16,
         };

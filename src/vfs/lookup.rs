@@ -17,6 +17,8 @@ use crate::store::{Location, PageStart, Store};
 use crate::tracking::LoggedModel;
 use crate::write::Target;
 
+/// The directory of what MLflow knows of a run or model; not listed.
+const DOCUMENTS: &str = ".mlflow";
 /// Keys asked for when one name is looked up: the object, names that sort between it and the
 /// directory of that name, the directory.
 const POINT_LOOKUP_KEYS: u32 = 100;
@@ -111,14 +113,23 @@ impl Vfs {
                 let item = self.catalog.find(&branch, name).await?;
                 return Ok((item_node(&mut self.tree.lock(), parent, name, &item), ttl));
             }
-            WayOn::Run(run_id) => {
-                let models = self.catalog.models_of_run(&run_id).await;
+            WayOn::Documents(id) => {
+                let kind = document(&id, name).ok_or(VfsError::NOT_FOUND)?;
+                return Ok((catalog_node(&mut self.tree.lock(), parent, name, kind), ttl));
+            }
+            WayOn::Run(id) | WayOn::Model(id) if name == DOCUMENTS => {
+                let kind = Kind::Documents(id);
+                return Ok((catalog_node(&mut self.tree.lock(), parent, name, kind), ttl));
+            }
+            WayOn::Run(id) => {
+                let run_id = id.name();
+                let models = self.catalog.models_of_run(run_id).await;
                 let model = models.iter().find(|(model, _)| **model == *name);
                 if let Some((_, item)) = model {
                     return Ok((item_node(&mut self.tree.lock(), parent, name, item), ttl));
                 }
             }
-            WayOn::Store => {}
+            WayOn::Model(_) | WayOn::Store => {}
         }
         let place = self.place(parent).await?;
         let begun = Instant::now();
@@ -170,9 +181,11 @@ impl Vfs {
         let node = tree.get(inode).ok_or(VfsError::STALE)?;
         Ok(match &node.kind {
             Kind::Branch(branch) => WayOn::Branch(branch.clone()),
+            Kind::Documents(id) => WayOn::Documents(id.clone()),
             Kind::Artifacts(root, _) => match &root.id {
-                RootId::Run(run_id) => WayOn::Run(Arc::clone(run_id)),
-                RootId::Model(_) | RootId::Version { .. } => WayOn::Store,
+                RootId::Run(_) => WayOn::Run(root.id.clone()),
+                RootId::Model(_) => WayOn::Model(root.id.clone()),
+                RootId::Version { .. } => WayOn::Store,
             },
             _ => WayOn::Store,
         })
@@ -194,10 +207,14 @@ impl Vfs {
             let node = tree.get(inode).ok_or(VfsError::STALE)?;
             let directory = match &node.kind {
                 Kind::Artifacts(_, directory) | Kind::Directory(directory) => Arc::clone(directory),
-                Kind::File(_) | Kind::Link(_) | Kind::Status | Kind::Order(_) => {
+                Kind::File(_)
+                | Kind::Link(_)
+                | Kind::Document(..)
+                | Kind::Status
+                | Kind::Order(_) => {
                     return Err(VfsError::NOT_DIRECTORY);
                 }
-                Kind::Root | Kind::Control | Kind::Branch(_) => {
+                Kind::Root | Kind::Control | Kind::Branch(_) | Kind::Documents(_) => {
                     return Err(VfsError::NOT_PERMITTED);
                 }
             };
@@ -312,8 +329,11 @@ impl Vfs {
 /// Who is asked for a name.
 enum WayOn {
     Branch(Branch),
-    /// The store; but the models of this run come first.
-    Run(Arc<str>),
+    Documents(RootId),
+    /// The store; but the models of this run come first, and what is known of it.
+    Run(RootId),
+    /// The store; but what is known of this model comes first.
+    Model(RootId),
     Store,
 }
 
@@ -346,6 +366,10 @@ pub(super) fn listed_node(
         && let Some(inode) = fixed(&listed.name)
     {
         return Some((inode, listed.at));
+    }
+    if let Some(Kind::Documents(id)) = tree.get(parent).map(|node| &node.kind) {
+        let kind = document(id, &listed.name)?;
+        return Some((catalog_node(tree, parent, &listed.name, kind), listed.at));
     }
     if let Some(item) = &listed.item {
         return Some((item_node(tree, parent, &listed.name, item), listed.at));
@@ -436,6 +460,26 @@ pub(super) fn item_node(tree: &mut Tree, parent: Inode, name: &str, item: &Item)
         }
     }
     inode
+}
+
+/// A file of what is known of a run or model, if there is one of that name.
+fn document(id: &RootId, name: &str) -> Option<Kind> {
+    let mut documents = id.documents().iter();
+    let found = documents.find(|(known, _)| *known == name);
+    found.map(|(_, document)| Kind::Document(id.clone(), *document))
+}
+
+/// The inode of what is known of a run or model.
+fn catalog_node(tree: &mut Tree, parent: Inode, name: &str, kind: Kind) -> Inode {
+    match tree.child(parent, name) {
+        Some((inode, node)) if matches!(node.kind, Kind::Documents(_) | Kind::Document(..)) => {
+            inode
+        }
+        _ => {
+            let modified = containing_time(tree, parent);
+            tree.insert(parent, name, kind, modified)
+        }
+    }
 }
 
 fn store_node(tree: &mut Tree, parent: Inode, name: Name, entry: &Entry) -> Inode {

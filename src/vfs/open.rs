@@ -92,6 +92,18 @@ impl Vfs {
                     keep_cache: false,
                 });
             }
+            Kind::Document(id, document) => {
+                if access.write {
+                    return Err(VfsError::NOT_PERMITTED);
+                }
+                let content = self.catalog.document(&id, document).await?;
+                return Ok(Opened {
+                    handle: self.handles.add_document(content),
+                    local: None,
+                    direct: true,
+                    keep_cache: false,
+                });
+            }
             Kind::Order(order) => {
                 let handle = self.handles.add_order(order);
                 return Ok(Opened {

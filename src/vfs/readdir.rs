@@ -197,6 +197,11 @@ impl Vfs {
                     .collect();
                 stream.source = StreamSource::Runs(self.catalog.list_runs());
             }
+            Kind::Documents(id) => {
+                let documents = id.documents().iter();
+                stream.listed = documents.map(|(name, _)| document(name)).collect();
+                stream.source = StreamSource::Finished;
+            }
             Kind::Branch(branch) => {
                 stream.source = StreamSource::Branch(self.catalog.list(&branch));
             }
@@ -301,17 +306,20 @@ impl Vfs {
 }
 
 fn control_names() -> Vec<Listed> {
-    CONTROLS
-        .into_iter()
-        .map(|(name, _, _)| Listed {
-            name: name.into(),
-            entry: Entry::File(FileInfo {
-                size: 0,
-                etag: None,
-                modified: std::time::SystemTime::UNIX_EPOCH,
-            }),
-            item: None,
-            at: Instant::now(),
-        })
-        .collect()
+    let names = CONTROLS.into_iter().map(|(name, _, _)| name);
+    names.map(document).collect()
+}
+
+/// A file that is made when it is opened.
+fn document(name: &str) -> Listed {
+    Listed {
+        name: name.into(),
+        entry: Entry::File(FileInfo {
+            size: 0,
+            etag: None,
+            modified: std::time::SystemTime::UNIX_EPOCH,
+        }),
+        item: None,
+        at: Instant::now(),
+    }
 }

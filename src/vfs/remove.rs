@@ -152,7 +152,9 @@ impl Vfs {
         let (inode, _) = self.resolve(parent, name).await?;
         let file = match self.kind(inode)? {
             Kind::File(file) => file,
-            Kind::Status | Kind::Order(_) | Kind::Link(_) => return Err(VfsError::NOT_PERMITTED),
+            Kind::Status | Kind::Order(_) | Kind::Link(_) | Kind::Document(..) => {
+                return Err(VfsError::NOT_PERMITTED);
+            }
             _ => return Err(VfsError::IS_DIRECTORY),
         };
         let place = self.writable_place(parent).await?;

@@ -112,7 +112,7 @@ impl Vfs {
         let replaced = match replaced {
             None => None,
             Some((other, Kind::File(file))) => Some((other, file)),
-            Some((_, Kind::Link(_))) => return Err(VfsError::NOT_PERMITTED),
+            Some((_, Kind::Link(_) | Kind::Document(..))) => return Err(VfsError::NOT_PERMITTED),
             Some(_) => return Err(VfsError::IS_DIRECTORY),
         };
         // Neither is published meanwhile; locked in one order, as for directories.

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::directory::{Directory, Name};
 use super::file::File;
-use crate::catalog::{Branch, EXPERIMENTS, MODELS, RootEntry};
+use crate::catalog::{Branch, Document, EXPERIMENTS, MODELS, RootEntry, RootId};
 use crate::store::Location;
 
 /// An inode number, as the kernel knows it.
@@ -88,6 +88,9 @@ pub enum Kind {
     Branch(Branch),
     /// A symbolic link, with its target.
     Link(Name),
+    /// `.mlflow` in an artifact root, and a file in it.
+    Documents(RootId),
+    Document(RootId, Document),
     /// An artifact root: a run's, or a model's. Its location is opened when somebody enters it.
     Artifacts(RootEntry, Arc<DirectoryNode>),
     Directory(Arc<DirectoryNode>),
@@ -137,8 +140,8 @@ impl Node {
         match &self.kind {
             Kind::Root | Kind::Control | Kind::Status | Kind::Order(_) => true,
             Kind::File(file) => file.is_needed(),
-            Kind::Link(_) => false,
-            Kind::Branch(_) | Kind::Artifacts(..) => !self.children.is_empty(),
+            Kind::Link(_) | Kind::Document(..) => false,
+            Kind::Branch(_) | Kind::Documents(_) | Kind::Artifacts(..) => !self.children.is_empty(),
             Kind::Directory(_) => (self.local && !self.unlinked) || !self.children.is_empty(),
         }
     }
@@ -146,7 +149,12 @@ impl Node {
     pub fn is_directory(&self) -> bool {
         matches!(
             self.kind,
-            Kind::Root | Kind::Control | Kind::Branch(_) | Kind::Artifacts(..) | Kind::Directory(_)
+            Kind::Root
+                | Kind::Control
+                | Kind::Branch(_)
+                | Kind::Documents(_)
+                | Kind::Artifacts(..)
+                | Kind::Directory(_)
         )
     }
 }

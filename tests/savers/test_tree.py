@@ -160,6 +160,37 @@ def test_names_are_the_servers_to_give(made, root):
     assert (root / made.told["run0"] / "note.txt").read_text() == "hello"
 
 
+def test_what_mlflow_knows_is_told_as_files_and_attributes(made, root):
+    told = made.told
+    made.server.client("client = MlflowClient()\n"
+                       "client.log_param(sys.argv[2], 'depth', 3)\n"
+                       "client.log_metric(sys.argv[2], 'loss', 0.5, step=7)\n"
+                       "client.set_tag(sys.argv[2], 'team', 'fraud')", told["run0"])
+    run, model = root / told["run0"], root / "models" / told["model0"]
+    hidden = run / ".mlflow"
+    assert ".mlflow" not in os.listdir(run)
+    assert sorted(os.listdir(hidden)) == ["metrics.json", "params.json", "run.json", "tags.json"]
+    info = json.loads((hidden / "run.json").read_text())["info"]
+    assert (info["run_id"], info["run_name"]) == (told["run0"], "first try")
+    assert json.loads((hidden / "params.json").read_text())["depth"] == "3"
+    loss = json.loads((hidden / "metrics.json").read_text())["loss"]
+    assert (loss["value"], int(loss["step"])) == (0.5, 7)
+    assert json.loads((hidden / "tags.json").read_text())["team"] == "fraud"
+    info = json.loads((model / ".mlflow" / "model.json").read_text())["info"]
+    assert (info["model_id"], info["status"]) == (told["model0"], "LOGGED_MODEL_READY")
+    for act in [lambda: (hidden / "run.json").write_text("x"), hidden.rmdir,
+                lambda: (hidden / "run.json").unlink(), lambda: (hidden / "new").write_text("x"),
+                lambda: (run / ".mlflow").mkdir(), lambda: (hidden / "d").mkdir()]:
+        with pytest.raises(OSError) as caught:
+            act()
+        assert caught.value.errno in (errno.EPERM, errno.EACCES, errno.EEXIST), caught.value
+    assert os.getxattr(run / "note.txt", "user.mlflow.run_id").decode() == told["run0"]
+    assert os.getxattr(model / "MLmodel", "user.mlflow.model_id").decode() == told["model0"]
+    uri = os.getxattr(model / "MLmodel", "user.mlflow.artifact_uri").decode()
+    assert uri.endswith(f"{told['model0']}/artifacts/MLmodel"), uri
+    assert os.getxattr(model, "user.mlfs.state") == b"stored"
+
+
 def test_what_changes_on_the_server_is_seen(made, root):
     def client(script):
         made.server.client(script)
