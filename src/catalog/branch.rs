@@ -111,7 +111,10 @@ impl Catalog {
         let answer = match self.within_patience(stale.is_some(), asking).await {
             Ok(item) => Some(item),
             Err(TrackingError::NotFound { .. }) => None,
-            Err(error) => return stale.ok_or(error.into()),
+            Err(error @ (TrackingError::Unavailable { .. } | TrackingError::Protocol { .. })) => {
+                return stale.ok_or(error.into());
+            }
+            Err(error) => return Err(error.into()),
         };
         self.branches.put(branch, &key.1, answer.clone(), asked);
         answer.ok_or_else(|| self.missing(&name))

@@ -1,3 +1,5 @@
+mod branches;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;

@@ -482,14 +482,9 @@ impl Filesystem for Callbacks {
         );
     }
 
-    fn listxattr(&self, _request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
-        let call = |vfs: Arc<Vfs>| async move {
-            let names = vfs.attribute_names(inode.0)?;
-            let names = names.into_iter().map(|name| format!("{name}\0"));
-            Ok(names.collect::<String>().into_bytes())
-        };
-        self.answering
-            .call("listxattr", inode.0, call, xattr(size, reply));
+    // Answered ENOSYS once, it is not asked again: programs then see EOPNOTSUPP, and copy none.
+    fn listxattr(&self, _request: &Request, _inode: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
     }
 
     fn setxattr(
@@ -502,12 +497,12 @@ impl Filesystem for Callbacks {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let refused = self.answering.vfs.refuse_attribute(inode.0, name);
+        let refused = self.answering.vfs.refuse_attribute(name);
         reply.error(self.answering.errno("setxattr", inode.0, &refused));
     }
 
     fn removexattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let refused = self.answering.vfs.refuse_attribute(inode.0, name);
+        let refused = self.answering.vfs.refuse_attribute(name);
         reply.error(self.answering.errno("removexattr", inode.0, &refused));
     }
 

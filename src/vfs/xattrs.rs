@@ -1,4 +1,5 @@
-//! Extended attributes: what MLflow and the store know of a file or directory. They are told, and not set.
+//! Extended attributes: what MLflow and the store know of a file or directory. They are told to who asks for
+//! one, and neither listed nor set: programs that copy files would try to set on the copy what is listed.
 
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -26,21 +27,6 @@ struct Whereabouts {
 }
 
 impl Vfs {
-    /// The names of what is known of an inode.
-    pub fn attribute_names(&self, inode: Inode) -> VfsResult<Vec<&'static str>> {
-        let Some(place) = self.whereabouts(inode)? else {
-            return Ok(Vec::new());
-        };
-        let mut names = vec![ARTIFACT_URI, STATE];
-        names.extend(match place.root {
-            RootId::Run(_) => Some(RUN_ID),
-            RootId::Model(_) => Some(MODEL_ID),
-            RootId::Version { .. } => None,
-        });
-        names.extend(self.etag(inode)?.map(|_| ETAG));
-        Ok(names)
-    }
-
     /// What is known of an inode under a name.
     ///
     /// # Errors
@@ -69,10 +55,12 @@ impl Vfs {
     }
 
     /// The errno of an attempt to set or remove an attribute.
-    pub fn refuse_attribute(&self, inode: Inode, name: &OsStr) -> VfsError {
-        let known = self.attribute_names(inode);
-        let known = known.is_ok_and(|names| names.iter().any(|known| name == *known));
-        match (self.check_writable(), known) {
+    pub fn refuse_attribute(&self, name: &OsStr) -> VfsError {
+        let known = [RUN_ID, MODEL_ID, ARTIFACT_URI, ETAG, STATE];
+        match (
+            self.check_writable(),
+            known.iter().any(|known| name == *known),
+        ) {
             (Err(error), _) => error,
             (Ok(()), true) => VfsError::NOT_PERMITTED,
             (Ok(()), false) => VfsError::plain(libc::EOPNOTSUPP),

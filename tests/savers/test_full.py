@@ -61,3 +61,17 @@ def test_xgboost(saved):
     loaded = xgboost.XGBRegressor()
     loaded.load_model(saved.folder / "model.ubj")
     assert numpy.allclose(loaded.predict(data), model.predict(data))
+
+
+def test_a_model_that_mlflow_pytorch_logs_loads_from_every_path(saved):
+    import mlflow
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2048), torch.nn.Linear(2048, 2))
+    name = f"logged-{saved.run_id}"
+    logged = mlflow.pytorch.log_model(model, name="net", registered_model_name=name,
+                                      serialization_format="pickle")
+    saved.mount.cold()
+    models = saved.mount.path / "models"
+    for path in [models / logged.model_id, models / name / "1", saved.folder / "net"]:
+        loaded = mlflow.pytorch.load_model(path)
+        assert torch.equal(loaded(torch.ones(1, 4)), model(torch.ones(1, 4))), path

@@ -25,7 +25,7 @@ for index in range(2):
         told[f"model{index}"] = logged.model_id
         mlflow.log_text("hello", "note.txt")
 client.set_registered_model_alias("fraud", "champion", 1)
-for name in [".hidden", "a%41b", "new\\nline", "x" * 300, "both ' and \\"", "back\\\\slash"]:
+for name in [".hidden", "a%41b", "new\\nline", "x" * 500, "both ' and \\"", "back\\\\slash", "ünï ✓"]:
     with mlflow.start_run(run_name=name) as run:
         told[name] = run.info.run_id
 client.create_registered_model("empty")
@@ -98,13 +98,13 @@ def test_what_there_is_is_listed(made, root):
     assert {"experiments", "models", told["run0"], told["run1"]} <= listed
     assert sorted(os.listdir(root / "experiments")) == ["Default", "team%2Ffraud"]
     runs = os.listdir(root / "experiments" / "team%2Ffraud")
-    assert len(runs) == len(set(runs)) == 8, runs
+    assert len(runs) == len(set(runs)) == 9, runs
     for name in runs:
         link = root / "experiments" / "team%2Ffraud" / name
         assert os.readlink(link).removeprefix("../../") in told.values(), name
         assert link.is_dir(), name
     first = f"first try-{told['run1'][:8]}"
-    assert {"first try", first, "%2Ehidden", "a%2541b", "new%0Aline"} <= set(runs)
+    assert {"first try", first, "%2Ehidden", "a%2541b", "new%0Aline", "ünï ✓"} <= set(runs)
     assert os.readlink(root / "experiments" / "team%2Ffraud" / first).endswith(told["run1"])
     models = set(os.listdir(root / "models"))
     assert models == {"fraud", "fraud@champion", "empty", "odd@name", told["model0"],
@@ -214,6 +214,16 @@ def test_what_changes_on_the_server_is_seen(made, root):
     wait_until("the end of the run", lambda: not os.path.lexists(second))
     client(f"MlflowClient().restore_run('{made.told['run1']}')")
     wait_until("the run", second.is_dir)
+    empty = root / "models" / "empty"
+    client("MlflowClient().create_model_version('empty', 's3://mlflow/anything', None)")
+    wait_until("a version", lambda: len(os.listdir(empty)) == 1)
+    version = os.listdir(empty)[0]
+    client(f"MlflowClient().delete_model_version('empty', '{version}')")
+    wait_until("its end", lambda: not os.listdir(empty) and not (empty / version).exists())
+    client("MlflowClient().create_registered_model('passing')")
+    wait_until("a model", (root / "models" / "passing").is_dir)
+    client("MlflowClient().delete_registered_model('passing')")
+    wait_until("its end", lambda: not (root / "models" / "passing").exists())
 
 
 def test_commands_follow_the_links(made, root):
