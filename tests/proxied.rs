@@ -343,6 +343,20 @@ fn a_completion_that_took_place_counts_whatever_a_proxy_answers() {
 }
 
 #[test]
+fn a_completion_that_fails_whatever_for_is_no_end() {
+    for status in [500, 404, 413] {
+        let lab = lab_with_parts(|it| it.instead_of_completing = [status; 10].into());
+        let mount = mount(&lab);
+        assert!(!mount.at("large").exists());
+        let content = noise(20 * MIB);
+        assert_eq!(write(mount.at("large"), &content), 0, "{status}");
+        assert!(lab.tracking.artifacts().get(&key("large")).unwrap() == content);
+        assert_eq!(sent(&lab), (4, 1));
+        assert_eq!(lab.tracking.artifacts().unfinished(), 0);
+    }
+}
+
+#[test]
 fn a_mount_that_was_killed_counts_on_no_part_that_it_has_sent() {
     let lab = lab_with_parts(|it| it.after_completing = [].into());
     let flags = ["--memory", "64MiB", "--part-size", "5MiB"];

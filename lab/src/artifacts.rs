@@ -49,6 +49,8 @@ pub struct Behaviour {
     pub parts: Option<String>,
     /// Answers to the next parts, which are not kept.
     pub instead_of_parts: VecDeque<u16>,
+    /// Answers to the next completions, without a word and without their taking place.
+    pub instead_of_completing: VecDeque<u16>,
     /// Answers to the next completions, which take place all the same.
     pub after_completing: VecDeque<u16>,
 }

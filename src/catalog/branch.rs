@@ -20,6 +20,8 @@ use crate::tracking::{
 
 /// Names remembered at most. One takes some 250 bytes: 8 MiB when full.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(32_768).unwrap();
+/// A server that could not tell of a run's models is not asked for them again for so long.
+const FAILED_FOR: Duration = Duration::from_secs(5);
 /// Runs whose models are remembered.
 const RUNS: NonZeroUsize = NonZeroUsize::new(4_096).unwrap();
 
@@ -59,8 +61,8 @@ type Remembered<K, T> = Mutex<LruCache<K, Known<T>>>;
 #[derive(Debug)]
 pub(super) struct Branches {
     names: Remembered<(Branch, Arc<str>), Option<Item>>,
-    /// By the ids of runs.
-    models: Remembered<Arc<str>, ModelsOfRun>,
+    /// By the ids of runs; with when they could not be asked for again, if so.
+    models: Remembered<Arc<str>, (ModelsOfRun, Option<Instant>)>,
 }
 
 impl Default for Branches {
@@ -86,6 +88,13 @@ impl Branches {
         if names.peek(&key).is_none_or(|known| known.asked <= asked) {
             names.put(key, Known { answer, asked });
         }
+    }
+}
+
+impl Branches {
+    pub fn forget(&self, branch: &Branch, name: &str) {
+        let key = (branch.clone(), Arc::<str>::from(name));
+        self.names.lock().pop(&key);
     }
 }
 
@@ -146,6 +155,16 @@ impl Catalog {
         }
     }
 
+    /// What a name stands for, asked now, whatever is known.
+    pub(super) async fn find_anew(
+        self: &Arc<Self>,
+        branch: &Branch,
+        name: &str,
+    ) -> Result<Item, CatalogError> {
+        self.branches.forget(branch, name);
+        self.find(branch, name).await
+    }
+
     async fn ask_in(&self, branch: &Branch, name: &str) -> TrackingResult<Item> {
         let decoded = naming::decode(name);
         let nothing = || self.tracking.nothing(format!("{name:?}"));
@@ -176,7 +195,9 @@ impl Catalog {
             }
             Branch::Versions(model) => {
                 let version = self.tracking.model_version(model, name).await?;
-                Ok(version_item(model, &version))
+                Ok(self
+                    .leading_somewhere(version_item(model, &version), model, name)
+                    .await)
             }
         }
     }
@@ -186,12 +207,8 @@ impl Catalog {
         name: &str,
         decoded: Option<String>,
     ) -> TrackingResult<Item> {
-        let Some(id) = naming::id_of_cut(name) else {
-            let name = decoded.ok_or_else(|| self.tracking.nothing(format!("{name:?}")))?;
-            return Ok(experiment(&self.tracking.experiment(&name).await?));
-        };
         let mut token = None;
-        loop {
+        while let Some(id) = naming::id_of_cut(name) {
             let page = self.tracking.experiments(token.as_deref()).await?;
             let mut all = page.items.iter();
             let found = all.find(|it| {
@@ -202,9 +219,11 @@ impl Catalog {
             }
             token = page.next;
             if token.is_none() {
-                return Err(self.tracking.nothing(format!("experiment {name:?}")));
+                break;
             }
         }
+        let name = decoded.ok_or_else(|| self.tracking.nothing(format!("{name:?}")))?;
+        Ok(experiment(&self.tracking.experiment(&name).await?))
     }
 
     /// The oldest run of a name has it; others have the beginning of their ids behind it.
@@ -216,10 +235,17 @@ impl Catalog {
     ) -> TrackingResult<Item> {
         let nothing = || self.tracking.nothing(format!("run {name:?}"));
         if let Some(id) = naming::id_of_cut(name) {
-            let run = self.tracking.run(id).await?;
-            let fits = run.experiment_id == experiment
-                && naming::fitting(&run.run_name, &run.run_id) == name;
-            return fits.then(|| run_link(&run)).ok_or_else(nothing);
+            match self.tracking.run(id).await {
+                Ok(run)
+                    if run.experiment_id == experiment
+                        && naming::fitting(&run.run_name, &run.run_id) == name =>
+                {
+                    return Ok(run_link(&run));
+                }
+                // It may only look like one.
+                Ok(_) | Err(TrackingError::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         let wanted = decoded.ok_or_else(nothing)?;
         let named = self.tracking.runs_named(experiment, &wanted).await?;
@@ -228,7 +254,8 @@ impl Catalog {
         }
         if let Some((base, short)) = naming::apart(&wanted) {
             let named = self.tracking.runs_named(experiment, base).await?;
-            let mut named = named.iter();
+            // The first goes by the name alone.
+            let mut named = named.iter().skip(1);
             let found = named.find(|run| run.run_id.starts_with(short));
             return found.map(run_link).ok_or_else(nothing);
         }
@@ -236,6 +263,33 @@ impl Catalog {
         let run = self.tracking.run(&wanted).await?;
         let fits = run.experiment_id == experiment && run.run_name.is_empty();
         fits.then(|| run_link(&run)).ok_or_else(nothing)
+    }
+
+    /// A link of a version, unless it leads to a run or model that is deleted: the files are there all the
+    /// same, and MLflow gives them out.
+    pub(super) async fn leading_somewhere(
+        &self,
+        item: Item,
+        model: &Arc<str>,
+        version: &str,
+    ) -> Item {
+        let Item::Link(target, modified) = &item else {
+            return item;
+        };
+        let id = match target.strip_prefix("../../") {
+            Some(place) => RootId::run(place.split('/').next().unwrap_or_default()),
+            None => RootId::model(target.trim_start_matches("../")),
+        };
+        let known = self.cache.get(&id);
+        let known = known.filter(|known| known.is_younger_than(self.ttl));
+        let is_gone = match known {
+            Some(known) => known.answer.is_none(),
+            None => matches!(self.fetch(&id).await, Ok(None)),
+        };
+        match is_gone {
+            true => version_root(model, version, *modified),
+            false => item,
+        }
     }
 
     /// A logged model, which is known from now on.
@@ -251,26 +305,36 @@ impl Catalog {
     /// it told before, or none: the run's own files are there all the same.
     pub async fn models_of_run(self: &Arc<Self>, run_id: &str) -> Arc<[(Arc<str>, Item)]> {
         let known = self.branches.models.lock().get(run_id).cloned();
-        if let Some(known) = &known
-            && known.is_younger_than(self.ttl)
-        {
-            return Arc::clone(&known.answer);
+        if let Some(known) = &known {
+            let (models, failed) = &known.answer;
+            let failed_lately = failed.is_some_and(|failed| failed.elapsed() < FAILED_FOR);
+            if failed_lately || failed.is_none() && known.is_younger_than(self.ttl) {
+                return Arc::clone(models);
+            }
         }
         let asked = Instant::now();
         let asking = self.ask_for_models(run_id);
-        let answer = match self.within_patience(true, asking).await {
-            Ok(models) => models,
+        let known = match self.within_patience(true, asking).await {
+            Ok(models) => Known {
+                answer: (models, None),
+                asked,
+            },
             Err(error) => {
                 tracing::debug!(run_id, %error, "its models are not known");
-                known.map_or_else(|| Arc::from([]), |known| known.answer)
+                let longest = self.ttl.saturating_add(GRACE);
+                let before = known.filter(|known| known.is_younger_than(longest));
+                let nothing = || (Arc::from([]), asked);
+                let (models, asked) =
+                    before.map_or_else(nothing, |known| (known.answer.0, known.asked));
+                Known {
+                    answer: (models, Some(Instant::now())),
+                    asked,
+                }
             }
         };
-        let known = Known {
-            answer: Arc::clone(&answer),
-            asked,
-        };
+        let models = Arc::clone(&known.answer.0);
         self.branches.models.lock().put(run_id.into(), known);
-        answer
+        models
     }
 
     async fn ask_for_models(&self, run_id: &str) -> TrackingResult<ModelsOfRun> {
@@ -326,10 +390,14 @@ pub(super) fn version_item(model: &Arc<str>, version: &ModelVersion) -> Item {
     if let Some(target) = place_of(version) {
         return Item::Link(target.into(), modified);
     }
+    version_root(model, &version.version, modified)
+}
+
+fn version_root(model: &Arc<str>, version: &str, modified: SystemTime) -> Item {
     Item::Root(RootEntry {
         id: RootId::Version {
             model: Arc::clone(model),
-            version: version.version.as_str().into(),
+            version: version.into(),
         },
         created: modified,
         modified,

@@ -10,6 +10,9 @@ use super::listing::{EXPERIMENTS_PER_SEARCH, Next};
 use super::{Catalog, CatalogError, naming};
 use crate::tracking::{LoggedModel, Page, Run};
 
+/// Of so many versions it is looked at where each leads; of more only when they are looked up.
+const FEW_VERSIONS: usize = 50;
+
 /// A listing under way; it holds all state, the server none. Pages may shift on the server while they
 /// are read; no name shows twice. After an error, the next call goes on where this one failed.
 #[derive(Debug)]
@@ -17,6 +20,8 @@ pub struct BranchListing {
     catalog: Arc<Catalog>,
     branch: Branch,
     next: Next,
+    /// What was listed last needs no further look.
+    is_certain: bool,
     /// Of models: the registered ones come first, then the logged ones, an experiment's after another's.
     logged: Option<Logged>,
     /// Grows with what was listed, as the listing does for whoever reads it.
@@ -43,6 +48,7 @@ impl Catalog {
             catalog: Arc::clone(self),
             branch: branch.clone(),
             next: Next::First,
+            is_certain: true,
             logged: None,
             seen: HashSet::new(),
             seen_runs: HashSet::new(),
@@ -89,10 +95,12 @@ impl BranchListing {
             let mut fresh = Vec::with_capacity(items.len());
             for (name, item) in items {
                 if self.seen.insert(Arc::clone(&name)) {
-                    let answer = Some(item.clone());
-                    self.catalog
-                        .branches
-                        .put(&self.branch, &name, answer, asked);
+                    if self.is_certain {
+                        let answer = Some(item.clone());
+                        self.catalog
+                            .branches
+                            .put(&self.branch, &name, answer, asked);
+                    }
                     fresh.push((name, item));
                 }
             }
@@ -142,11 +150,18 @@ impl BranchListing {
             Branch::Versions(model) => {
                 let page = catalog.noted(tracking.model_versions(&model, token).await)?;
                 let versions = self.taken(page)?;
-                let named = versions.iter().map(|version| {
-                    let name = version.version.as_str().into();
-                    (name, version_item(&model, version))
-                });
-                Ok(named.collect())
+                let looks = versions.len() <= FEW_VERSIONS;
+                self.is_certain = looks;
+                let mut named = Vec::with_capacity(versions.len());
+                for version in &versions {
+                    let name: Arc<str> = version.version.as_str().into();
+                    let mut item = version_item(&model, version);
+                    if looks {
+                        item = catalog.leading_somewhere(item, &model, &name).await;
+                    }
+                    named.push((name, item));
+                }
+                Ok(named)
             }
         }
     }

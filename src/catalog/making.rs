@@ -23,6 +23,14 @@ impl Catalog {
                 "give it as it is listed, with %2F for a slash and %2E for a dot at the beginning"
                     .to_owned(),
         })?;
+        // Somebody else may have made it since it was not there.
+        match self.find_anew(branch, name).await {
+            Ok(_) => return Err(self.exists(name)),
+            Err(CatalogError::Tracking(TrackingError::NotFound { .. })) => {}
+            Err(error) => return Err(error),
+        }
+        // Whatever comes of it, that it is not there is no longer known.
+        self.branches.forget(branch, name);
         let asked = Instant::now();
         let (known, made) = match branch {
             Branch::Experiments => {
@@ -32,6 +40,18 @@ impl Catalog {
             }
             Branch::Experiment(id) => {
                 let made = self.noted(self.tracking.create_run(id, &wanted).await)?;
+                let named = self.noted(self.tracking.runs_named(id, &wanted).await)?;
+                if named
+                    .first()
+                    .is_some_and(|first| first.run_id != made.run_id)
+                {
+                    tracing::warn!(
+                        run_id = made.run_id,
+                        name,
+                        "another run of that name was made at the same time, and has it"
+                    );
+                    return Err(self.exists(name));
+                }
                 let id = RootId::run(&made.run_id);
                 let root = Arc::new(KnownRoot::of_run(&made));
                 let entry = root.entry(&id);
@@ -45,5 +65,13 @@ impl Catalog {
         self.branches
             .put(branch, &name.into(), Some(known), Instant::now());
         Ok(made)
+    }
+
+    fn exists(&self, name: &str) -> CatalogError {
+        TrackingError::Exists {
+            server: self.tracking.name().to_owned(),
+            what: format!("{name:?}"),
+        }
+        .into()
     }
 }

@@ -49,6 +49,7 @@ impl RootId {
                 })
             }
             EXPERIMENTS => None,
+            name if name.is_empty() || name.starts_with('.') => None,
             run_id => Some(Self::run(run_id)),
         }
     }
@@ -107,5 +108,7 @@ mod tests {
         assert_eq!(RootId::of_path("models/%2Eodd/3/x"), Some(version));
         assert_eq!(RootId::of_path("models/name"), None);
         assert_eq!(RootId::of_path("experiments/x"), None);
+        assert_eq!(RootId::of_path(""), None);
+        assert_eq!(RootId::of_path(".mlfs/status"), None);
     }
 }

@@ -18,13 +18,23 @@ pub(super) fn of_mount(place: &Place) -> anyhow::Result<Arc<dyn Tracking>> {
     let (mountpoint, _) = place;
     let status = ask::status(mountpoint, PATIENCE);
     let status = status.map_err(|error| mounts::unanswered(mountpoint, &error))?;
-    // The address in the environment may have a password in it.
     let named = std::env::var("MLFLOW_TRACKING_URI").ok();
-    let named = named.and_then(|uri| open(&uri).ok());
-    match named.filter(|source| source.name() == status.tracking_uri) {
-        Some(source) => Ok(source),
-        None => open(&status.tracking_uri),
+    let Some(named) = named.filter(|uri| !uri.trim().is_empty()) else {
+        return open(&status.tracking_uri);
+    };
+    // It may have a password in it. Credentials for one server are no other's business.
+    let source = open(&named)?;
+    if source.name() != status.tracking_uri {
+        return Err(WrongUsage(format!(
+            "{} shows {}, and MLFLOW_TRACKING_URI names {}: set it, and the credentials, to those of the \
+             mount",
+            mountpoint.display(),
+            status.tracking_uri,
+            source.name()
+        ))
+        .into());
     }
+    Ok(source)
 }
 
 fn open(uri: &str) -> anyhow::Result<Arc<dyn Tracking>> {

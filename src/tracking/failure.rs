@@ -153,12 +153,11 @@ impl Refusal<'_> {
             (400, "INVALID_PARAMETER_VALUE", subject) if subject.is_of_registry() => {
                 TrackingError::NotFound { server, what }
             }
-            // Servers before MLflow 3 have no such route, and none of these.
-            (
-                404 | 405,
-                "" | "ENDPOINT_NOT_FOUND",
-                Subject::LoggedModel(_) | Subject::LoggedModels,
-            ) => TrackingError::NotFound { server, what },
+            // Servers before MLflow 3 have no such route. So may what stands before a server say, while
+            // that is away: who knows some goes on with them.
+            (404 | 405, "" | "ENDPOINT_NOT_FOUND", Subject::LoggedModels) => {
+                TrackingError::NotFound { server, what }
+            }
             (401, ..) => TrackingError::Unauthenticated { server, detail },
             (403, ..) => TrackingError::PermissionDenied {
                 server,

@@ -115,17 +115,11 @@ impl RestTracking {
         });
         let subject = Subject::LoggedModels;
         let answer = self.search(subject, "logged-models/search", body).await;
-        match settle::<LoggedModelsAnswer>(answer) {
-            Ok(answer) => {
-                let mut page: Page<LoggedModel> = page(answer.models, answer.next_page_token);
-                page.items
-                    .retain(|model| LoggedModel::is_id(&model.model_id));
-                Ok(page)
-            }
-            // Servers before MLflow 3 have none.
-            Err(TrackingError::NotFound { .. }) => Ok(Page::default()),
-            Err(error) => Err(error),
-        }
+        let answer: LoggedModelsAnswer = settle(answer)?;
+        let mut page: Page<LoggedModel> = page(answer.models, answer.next_page_token);
+        page.items
+            .retain(|model| LoggedModel::is_id(&model.model_id));
+        Ok(page)
     }
 
     /// Runs of a name that no filter can say.
@@ -282,7 +276,11 @@ impl Tracking for RestTracking {
         experiments: &[String],
         token: Option<&str>,
     ) -> TrackingResult<Page<LoggedModel>> {
-        self.search_models(experiments, None, token).await
+        match self.search_models(experiments, None, token).await {
+            // Servers before MLflow 3 have none.
+            Err(TrackingError::NotFound { .. }) if token.is_none() => Ok(Page::default()),
+            answer => answer,
+        }
     }
 
     async fn models_of_run(
@@ -295,8 +293,18 @@ impl Tracking for RestTracking {
             return Ok(Vec::new());
         };
         let experiments = [experiment.to_owned()];
-        let page = self.search_models(&experiments, Some(filter), None).await?;
-        Ok(page.items)
+        let mut models = Vec::new();
+        let mut token: Option<String> = None;
+        loop {
+            let (filter, from) = (Some(filter.clone()), token.as_deref());
+            let page = self.search_models(&experiments, filter, from).await?;
+            models.extend(page.items);
+            // A server that answers with the token it was asked with would be asked for ever.
+            if page.next.is_none() || page.next == token {
+                return Ok(models);
+            }
+            token = page.next;
+        }
     }
 
     async fn registered_model(&self, name: &str) -> TrackingResult<RegisteredModel> {

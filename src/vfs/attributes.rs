@@ -134,6 +134,9 @@ impl Vfs {
         let node = tree.get_mut(inode).ok_or(VfsError::STALE)?;
         match &node.kind {
             Kind::File(file) => file.state().modified = Some(modified),
+            Kind::Branch(_) | Kind::Link(_) | Kind::Documents(_) | Kind::Document(..) => {
+                return Err(VfsError::NOT_PERMITTED);
+            }
             _ => node.modified = modified,
         }
         Ok(())

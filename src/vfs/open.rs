@@ -56,6 +56,7 @@ impl Vfs {
     pub(super) fn file(&self, inode: Inode) -> VfsResult<Arc<File>> {
         match self.tree.lock().get(inode).map(|node| &node.kind) {
             Some(Kind::File(file)) => Ok(Arc::clone(file)),
+            Some(Kind::Link(_) | Kind::Document(..)) => Err(VfsError::NOT_PERMITTED),
             Some(_) => Err(VfsError::IS_DIRECTORY),
             None => Err(VfsError::STALE),
         }

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -191,6 +192,13 @@ def test_what_mlflow_knows_is_told_as_files_and_attributes(made, root):
     assert os.getxattr(model, "user.mlfs.state") == b"stored"
 
 
+def revive(made):
+    """There is no call for it."""
+    with sqlite3.connect(made.server.folder / "mlflow.db", timeout=30) as database:
+        database.execute("UPDATE logged_models SET lifecycle_stage = 'active' WHERE model_id = ?",
+                         (made.told["model1"],))
+
+
 def test_what_changes_on_the_server_is_seen(made, root):
     def client(script):
         made.server.client(script)
@@ -212,8 +220,15 @@ def test_what_changes_on_the_server_is_seen(made, root):
     second = experiments / "team%2Ffraud" / f"first try-{made.told['run1'][:8]}"
     client(f"MlflowClient().delete_run('{made.told['run1']}')")
     wait_until("the end of the run", lambda: not os.path.lexists(second))
+    # A version outlives what it was made from.
+    client(f"MlflowClient().delete_logged_model('{made.told['model1']}')")
+    version = root / "models" / "fraud" / "2"
+    wait_until("the end of the model", lambda: not version.is_symlink())
+    assert made.told["model1"] in (version / "MLmodel").read_text()
     client(f"MlflowClient().restore_run('{made.told['run1']}')")
     wait_until("the run", second.is_dir)
+    revive(made)
+    wait_until("the model", version.is_symlink)
     empty = root / "models" / "empty"
     client("MlflowClient().create_model_version('empty', 's3://mlflow/anything', None)")
     wait_until("a version", lambda: len(os.listdir(empty)) == 1)
@@ -239,8 +254,7 @@ def test_commands_follow_the_links(made, root):
 
 SCRIPT = """
 set -euo pipefail
-mkdir "$ROOT/experiments/by%2Fhand"
-mkdir "$ROOT/experiments/by%2Fhand/run one"
+mkdir -p "$ROOT/experiments/by%2Fhand/run one/with/folders"
 cd "$ROOT/experiments/by%2Fhand/run one"
 echo text > note.txt
 model=$("$MLFS_BIN" log-model . clf)
@@ -284,7 +298,11 @@ def test_a_shell_script_does_what_log_model_does(made):
         assert (run / "note.txt").read_text() == "text\n"
         assert sorted(os.listdir(run)) == ["broken", "clf", "note.txt"]
         assert "run one" in os.listdir(root / "experiments" / "by%2Fhand")
-        for name in ["by%2Fhand", "by%2Fhand/run one"]:
+        # What others have made since nothing was there.
+        assert not (root / "experiments" / "by%2Fhand" / "late").exists()
+        made.server.client("e = MlflowClient().get_experiment_by_name('by/hand'); "
+                           "MlflowClient().create_run(e.experiment_id, run_name='late')")
+        for name in ["by%2Fhand", "by%2Fhand/run one", "by%2Fhand/late"]:
             with pytest.raises(FileExistsError):
                 os.mkdir(root / "experiments" / name)
         for name in [".hidden", "a%2fb"]:

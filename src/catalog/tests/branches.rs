@@ -34,7 +34,9 @@ async fn find(catalog: &Arc<Catalog>, branch: &Branch, name: &str) -> Result<Ite
 #[tokio::test(start_paused = true)]
 async fn what_a_listing_calls_a_run_is_what_it_is_found_by() {
     let fake = Fake::new();
+    let like_a_cut = format!("{}~y", "x".repeat(251));
     for (run_id, name) in [
+        ("0ooooooo0", like_a_cut.as_str()),
         ("aaaaaaaa1", "same"),
         ("bbbbbbbb2", "same"),
         ("cccccccc3", "other/.."),
@@ -49,6 +51,7 @@ async fn what_a_listing_calls_a_run_is_what_it_is_found_by() {
     assert_eq!(
         shown,
         [
+            like_a_cut.as_str(),
             "same",
             "same-bbbbbbbb",
             "other%2F..",
@@ -66,7 +69,14 @@ async fn what_a_listing_calls_a_run_is_what_it_is_found_by() {
         let found = find(&asked, &experiment_0(), name).await;
         assert_eq!(found.as_ref(), Ok(item), "{name}");
     }
-    for name in ["same-cccccccc", "other", "aaaaaaaa1", "same-", ".."] {
+    for name in [
+        "same-cccccccc",
+        "same-aaaaaaaa",
+        "other",
+        "aaaaaaaa1",
+        "same-",
+        "..",
+    ] {
         let found = find(&asked, &experiment_0(), name).await;
         assert_eq!(found, Err(libc::ENOENT), "{name}");
     }

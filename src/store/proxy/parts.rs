@@ -4,9 +4,9 @@
 //! begins. So nothing may depend on what was sent until it is an object: where an address is of no use
 //! any more, or never was, the upload is gone, and all goes through the server for a while.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,7 +25,7 @@ use super::switches::Switches;
 use crate::store::metrics::StoreMetrics;
 use crate::store::{ETag, PartReceipt, Payload, StoreError, StoreResult};
 
-/// Addresses that are asked for; where that was not enough once, as many as there can be parts.
+/// Addresses that are asked for; where that was not enough, as many as there can be parts.
 const PARTS: u32 = 1_000;
 /// For so long everything goes through the server when addresses were of no use.
 const REFUSED_FOR: Duration = Duration::from_secs(300);
@@ -73,8 +73,8 @@ pub(super) struct Parts {
     refused: Mutex<Option<Instant>>,
     /// The store behind the server has taken a part from here.
     reached: AtomicBool,
-    /// How many addresses are asked for.
-    most: AtomicU32,
+    /// Keys of objects that have more parts than addresses are asked for at first.
+    large: Mutex<HashSet<String>>,
     /// By their ids.
     uploads: Mutex<HashMap<String, Arc<Upload>>>,
 }
@@ -89,7 +89,7 @@ impl Parts {
             is_known: AtomicBool::new(switches.uploads.is_some()),
             refused: Mutex::default(),
             reached: AtomicBool::new(false),
-            most: AtomicU32::new(PARTS),
+            large: Mutex::default(),
             uploads: Mutex::default(),
         }
     }
@@ -125,7 +125,10 @@ impl Parts {
     pub async fn create(&self, key: &str, object: &str) -> StoreResult<String> {
         let (folder, name) = key.rsplit_once('/').unwrap_or(("", key));
         let url = self.access.address.upload("create", folder);
-        let most = self.most.load(Ordering::Relaxed);
+        let most = match self.large.lock().remove(key) {
+            true => MOST_PARTS,
+            false => PARTS,
+        };
         let asked = json!({"path": name, "num_parts": most});
         let build = |client: &Client| client.post(&url).json(&asked);
         let created: Created = match self.access.ask(object, build).await {
@@ -168,7 +171,13 @@ impl Parts {
     ) -> StoreResult<PartReceipt> {
         let mut attempt = 1;
         loop {
-            let address = self.address(object, id, number)?;
+            let address = match self.address(key, object, id, number) {
+                Ok(address) => address,
+                Err(gone) => {
+                    self.give_up(key, object, id).await;
+                    return Err(gone);
+                }
+            };
             let failed = match self.put(object, &address, &payload.bytes).await {
                 Ok(etag) => {
                     self.reached.store(true, Ordering::Relaxed);
@@ -196,14 +205,14 @@ impl Parts {
     }
 
     /// Where a part is sent, while that is of use.
-    fn address(&self, object: &str, id: &str, number: u32) -> StoreResult<Credential> {
+    fn address(&self, key: &str, object: &str, id: &str, number: u32) -> StoreResult<Credential> {
         let upload = self.uploads.lock().get(id).cloned();
         let Some(upload) = upload.filter(|_| self.are_taken()) else {
             return Err(gone(object, "its addresses are of no use any more"));
         };
         let address = upload.addresses.get(&number).cloned();
         address.ok_or_else(|| {
-            self.most.store(MOST_PARTS, Ordering::Relaxed);
+            self.large.lock().insert(key.to_owned());
             gone(object, "it has more parts than were asked for")
         })
     }
@@ -285,14 +294,19 @@ impl Parts {
         let asked = json!({"path": name, "upload_id": id});
         let build = |client: &Client| client.post(&url).json(&asked);
         match self.access.send(object, self.access.patience, build).await {
-            // What the server says of one that is gone already.
-            Err(failed) if failed.says("NoSuchUpload") || failed.is(404) => Ok(()),
+            // It may be gone already: MLflow's server answers that with 500 and nothing else.
+            Err(failed) if failed.status.is_some() => {
+                tracing::info!(object, error = %failed.error,
+                    "an unfinished upload was not aborted; if it is there still, the store's lifecycle \
+                     rules remove it");
+                Ok(())
+            }
             outcome => Ok(outcome.map(|_| ())?),
         }
     }
 
     /// What is left of an upload that went another way.
-    async fn give_up(&self, key: &str, object: &str, id: &str) {
+    pub async fn give_up(&self, key: &str, object: &str, id: &str) {
         if self.uploads.lock().remove(id).is_none() {
             return;
         }
@@ -304,7 +318,7 @@ impl Parts {
     }
 
     /// Addresses are of no use: everything goes through the server for a while.
-    fn refuse(&self, object: &str, why: &str) -> StoreError {
+    pub fn refuse(&self, object: &str, why: &str) -> StoreError {
         let before = self.refused.lock().replace(Instant::now());
         if !is_recent(before) {
             let server = &self.access.address.base;

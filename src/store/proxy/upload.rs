@@ -178,7 +178,7 @@ impl Upload<'_> {
     /// Makes an object of parts that the store behind the server has.
     ///
     /// # Errors
-    /// The server's; `UploadGone` and `PartsDiffer` where sending them again can help.
+    /// `UploadGone` and `PartsDiffer` where sending it again can help; the server's.
     pub async fn complete(
         &self,
         parts: &Parts,
@@ -202,18 +202,25 @@ impl Upload<'_> {
                     "it is stored, whatever was answered");
                 return Ok(stored(size));
             }
-            let (object, detail) = (object.to_string(), failed.error.to_string());
-            if failed.says("NoSuchUpload") {
-                return Err(StoreError::UploadGone { object, detail });
-            }
             if failed.says("InvalidPart") {
-                return Err(StoreError::PartsDiffer { object, detail });
+                return Err(StoreError::PartsDiffer {
+                    object: object.to_string(),
+                    detail: failed.error.to_string(),
+                });
             }
-            if attempt >= failed.most.min(ATTEMPTS) {
+            if failed.is_passing() && attempt < failed.most.min(ATTEMPTS) {
+                failed.pause(attempt).await;
+                attempt += 1;
+                continue;
+            }
+            if failed.status.is_none() {
                 return Err(failed.error);
             }
-            failed.pause(attempt).await;
-            attempt += 1;
+            // The server does not say whether the store has lost the upload. All of the file is here: it
+            // can go through the server, which then tells what else is wrong.
+            let refused = parts.refuse(object, &failed.error.to_string());
+            parts.give_up(key, object, id).await;
+            return Err(refused);
         }
     }
 

@@ -96,7 +96,12 @@ impl RestTracking {
             "models": [{"model_id": model.model_id, "step": 0}],
         });
         let call = (what.as_str(), Method::POST, "runs/outputs");
-        let _: Done = self.change(call, body, 0).await?;
+        // To tell it twice comes to the same.
+        let retries = self.transport.patience().retries;
+        if let Err(error) = self.change::<Done>(call, body, retries).await {
+            let _ = self.mark_logged_model(&model.model_id, false).await;
+            return Err(error);
+        }
         Ok(model)
     }
 
