@@ -15,11 +15,17 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::EXPERIMENTS;
 use crate::vfs::Status;
 
 /// The hidden subcommand.
 pub(super) const NAME: &str = "ask-mount";
 
+/// How often, and for how long each time, it is waited for the name of a run to be a link.
+const LOOKS: usize = 30;
+const LOOK: Duration = Duration::from_millis(100);
+/// Names above that of a run: `experiments`, and the experiment's.
+const NAMES_OF_RUN: usize = 2;
 /// A question that says it all.
 const NOTHING: &[&str] = &[];
 
@@ -199,7 +205,18 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
 /// The path below the mount point that `below` leads to.
 fn place_of(mountpoint: &Path, below: &Path) -> io::Result<String> {
-    let place = mountpoint.join(below).canonicalize()?;
+    let mut place = mountpoint.join(below).canonicalize()?;
+    for _ in 0..LOOKS {
+        let names = place
+            .strip_prefix(mountpoint)
+            .map_or(0, |below| below.components().count());
+        if names <= NAMES_OF_RUN || !place.starts_with(mountpoint.join(EXPERIMENTS)) {
+            break;
+        }
+        // The name of a run that was just made is the run's directory itself for a moment.
+        std::thread::sleep(LOOK);
+        place = mountpoint.join(below).canonicalize()?;
+    }
     let below = place.strip_prefix(mountpoint).map_err(io::Error::other)?;
     let name = below.to_str();
     // mlfs has no other names.

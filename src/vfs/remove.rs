@@ -9,11 +9,14 @@ use super::error::{VfsError, VfsResult};
 use super::file::File;
 use super::lookup::{Place, exists_locally, item_node};
 use super::names;
-use super::tree::{Inode, Kind};
+use super::tree::{Inode, Kind, ROOT};
 use super::{EntryAttributes, Vfs};
-use crate::catalog::Branch;
+use crate::catalog::{self, Branch};
 use crate::store::PageStart;
 use crate::write::Target;
+
+/// For so long the name of a run that was made is the run's directory itself.
+const JUST_MADE: Duration = Duration::from_secs(1);
 
 impl Vfs {
     /// Makes a directory. It lives here until a file is in it: stores know no empty ones.
@@ -59,11 +62,15 @@ impl Vfs {
             Branch::Experiments | Branch::Experiment(_) => self.catalog.make(branch, name).await?,
         };
         let mut tree = self.tree.lock();
-        let inode = item_node(&mut tree, parent, name, &made);
+        let inode = match &made {
+            // The kernel wants a directory now, and whoever makes more of them below enters it at once; the
+            // name is a link to it when it is looked up next.
+            catalog::Item::Root(run) => item_node(&mut tree, ROOT, run.id.name(), &made),
+            _ => item_node(&mut tree, parent, name, &made),
+        };
         tree.add_lookup(inode);
         let node = tree.get(inode).ok_or(VfsError::STALE)?;
-        // The kernel wants a directory now; the name of a run is a link to it.
-        Ok(self.describe(inode, node, Duration::ZERO))
+        Ok(self.describe(inode, node, JUST_MADE))
     }
 
     /// Removes an empty directory.

@@ -296,7 +296,8 @@ def test_a_shell_script_does_what_log_model_does(made):
         assert made.server.client(TOLD) == "told"
         run = root / "experiments" / "by%2Fhand" / "run one"
         assert (run / "note.txt").read_text() == "text\n"
-        assert sorted(os.listdir(run)) == ["broken", "clf", "note.txt"]
+        assert sorted(os.listdir(run)) == ["broken", "clf", "note.txt", "with"]
+        assert os.listdir(run / "with") == ["folders"]
         assert "run one" in os.listdir(root / "experiments" / "by%2Fhand")
         # What others have made since nothing was there.
         assert not (root / "experiments" / "by%2Fhand" / "late").exists()
