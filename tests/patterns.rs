@@ -137,13 +137,8 @@ fn read_in_steps(length: u64, step: u64, backward: bool) {
     // Nothing between the pieces, but for what the kernel reads beyond each.
     let kernel = 256 << 10;
     let ranges = ranges(&lab).into_iter();
-    // Who begins at the first byte is taken for a stream, and run ahead of as one, until three equal steps
-    // have shown otherwise.
-    let known = match backward {
-        true => length + kernel,
-        false => (3 * step).max(length + kernel),
-    };
-    for (start, end) in ranges.filter(|range| range.0 > known) {
+    // Who begins at the first byte is taken for a stream at first, and run ahead of by as much.
+    for (start, end) in ranges.filter(|range| range.0 > length + kernel) {
         assert_eq!(start / step, (end - 1) / step, "{start}..{end}");
         assert!((end - 1) % step < length + kernel, "{start}..{end}");
     }
