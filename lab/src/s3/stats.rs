@@ -49,6 +49,8 @@ pub struct Count {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Stats {
     pub kinds: BTreeMap<Kind, Count>,
+    /// Requests that came in and have no answer yet.
+    pub at_once: u64,
     pub most_at_once: u64,
 }
 
@@ -65,7 +67,6 @@ impl Stats {
 #[derive(Debug, Default)]
 struct State {
     stats: Stats,
-    at_once: u64,
     log: VecDeque<Logged>,
 }
 
@@ -80,16 +81,17 @@ pub(super) struct AtOnce<'a>(&'a Counter);
 
 impl Drop for AtOnce<'_> {
     fn drop(&mut self) {
-        self.0.state.lock().at_once -= 1;
+        self.0.state.lock().stats.at_once -= 1;
     }
 }
 
 impl Counter {
     pub fn begin(&self, kind: Kind) -> AtOnce<'_> {
         let mut state = self.state.lock();
-        state.at_once += 1;
-        state.stats.most_at_once = state.stats.most_at_once.max(state.at_once);
-        state.stats.kinds.entry(kind).or_default().requests += 1;
+        let stats = &mut state.stats;
+        stats.at_once += 1;
+        stats.most_at_once = stats.most_at_once.max(stats.at_once);
+        stats.kinds.entry(kind).or_default().requests += 1;
         AtOnce(self)
     }
 
@@ -131,10 +133,8 @@ impl Counter {
 
     pub fn reset(&self) {
         let mut state = self.state.lock();
-        let at_once = state.at_once;
-        *state = State {
-            at_once,
-            ..State::default()
-        };
+        let at_once = state.stats.at_once;
+        *state = State::default();
+        state.stats.at_once = at_once;
     }
 }
