@@ -3,6 +3,7 @@
 mod authentication;
 mod courier;
 mod credentials_file;
+mod documents;
 mod error;
 mod failure;
 mod files;
@@ -141,7 +142,7 @@ pub trait Tracking: fmt::Debug + Send + Sync + 'static {
         Err(self.nothing(format!("logged model {model_id}")))
     }
 
-    /// Logged models of the experiments, in the order in which they were made.
+    /// Logged models of the experiments, in an order in which no later page shifts when one is made.
     async fn logged_models(
         &self,
         _experiments: &[String],

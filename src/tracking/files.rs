@@ -1,22 +1,30 @@
 //! MLflow's file store: a folder with one for each experiment, in it one for each run, each with a
 //! `meta.yaml`. MLflow 3 goes on to read it and recommends the database.
 
+mod documents;
+mod models;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::rest::is_run_id;
 use super::source::plain;
 use super::wire::since_1970;
-use super::{Experiment, Lifecycle, Page, Run, Tracking, TrackingError, TrackingResult};
+use super::{
+    Experiment, Lifecycle, LoggedModel, ModelVersion, Page, RegisteredModel, Run, Tracking,
+    TrackingError, TrackingResult,
+};
 
 const META: &str = "meta.yaml";
-/// A description of a run is far smaller, bytes.
+/// A description of a run or a model is far smaller, bytes.
 const LARGEST_META: u64 = 1 << 20;
-/// Runs of one page.
+/// Runs or models of one page.
 const PER_PAGE: usize = 1000;
 
 /// Whether MLflow's client would take the folder: an experiment is described in it.
@@ -36,7 +44,7 @@ pub struct FileTracking {
     name: String,
 }
 
-/// Why a run is not told of.
+/// Why a run or a model is not told of.
 enum Trouble {
     None,
     File(io::Error),
@@ -114,19 +122,7 @@ impl FileTracking {
     }
 
     fn read(&self, experiment: &str, run_id: &str) -> Result<Run, Trouble> {
-        let path = self.folder.join(experiment).join(run_id).join(META);
-        let size = match path.metadata() {
-            Ok(metadata) if metadata.is_file() => metadata.len(),
-            Ok(_) => return Err(Trouble::None),
-            Err(error) if is_absence(&error) => return Err(Trouble::None),
-            Err(error) => return Err(Trouble::File(error)),
-        };
-        if size > LARGEST_META {
-            return Err(Trouble::Text(format!("{size} bytes are too many")));
-        }
-        let text = fs::read_to_string(&path).map_err(Trouble::File)?;
-        let meta: Meta = serde_saphyr::from_str(&text)
-            .map_err(|error| Trouble::Text(first_line(&error.to_string())))?;
+        let meta: Meta = read_meta(&self.folder.join(experiment).join(run_id))?;
         if meta.run_id != run_id {
             return Err(Trouble::Text("it describes another run".to_owned()));
         }
@@ -144,63 +140,90 @@ impl FileTracking {
 
     fn find(&self, run_id: &str) -> TrackingResult<Run> {
         let what = format!("run {run_id}");
-        let server = self.name.clone();
-        let experiments = if is_run_id(run_id) {
-            self.active_experiments()?
-        } else {
-            Vec::new()
-        };
-        for experiment in experiments {
-            match self.read(&experiment, run_id) {
-                Ok(run) => return Ok(run),
-                Err(Trouble::None) => {}
-                Err(Trouble::File(error)) => {
-                    return Err(self.unavailable(format!("{what}: {}", plain(&error))));
-                }
-                Err(Trouble::Text(detail)) => {
-                    return Err(TrackingError::Protocol {
-                        server,
-                        what,
-                        detail: format!("its {META}: {detail}"),
-                    });
+        if is_run_id(run_id) {
+            for experiment in self.active_experiments()? {
+                if let Some(run) = self.told(&what, self.read(&experiment, run_id))? {
+                    return Ok(run);
                 }
             }
         }
-        Err(TrackingError::NotFound { server, what })
+        Err(self.nothing(what))
     }
 
-    /// Active runs behind the one that `token` names, in the order of experiments and ids.
+    /// What was read, if there is such a thing.
+    fn told<T>(&self, what: &str, read: Result<T, Trouble>) -> TrackingResult<Option<T>> {
+        match read {
+            Ok(found) => Ok(Some(found)),
+            Err(Trouble::None) => Ok(None),
+            Err(Trouble::File(error)) => {
+                Err(self.unavailable(format!("{what}: {}", plain(&error))))
+            }
+            Err(Trouble::Text(detail)) => Err(TrackingError::Protocol {
+                server: self.name.clone(),
+                what: what.to_owned(),
+                detail: format!("its {META}: {detail}"),
+            }),
+        }
+    }
+
+    /// What was read for a listing, which leaves out what cannot be.
+    fn listed<T>(&self, what: &str, read: Result<T, Trouble>) -> Option<T> {
+        match read {
+            Ok(found) => return Some(found),
+            Err(Trouble::None) => {}
+            Err(Trouble::File(error)) => {
+                tracing::warn!(server = self.name, what, %error, "not shown");
+            }
+            Err(Trouble::Text(error)) => {
+                tracing::warn!(server = self.name, what, error, "not shown");
+            }
+        }
+        None
+    }
+
     fn page(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>> {
+        self.page_of(experiments, "", token, |experiment, run_id| {
+            if !is_run_id(run_id) {
+                return None;
+            }
+            let run = self.listed(&format!("run {run_id}"), self.read(experiment, run_id))?;
+            (run.lifecycle == Lifecycle::Active).then_some(run)
+        })
+    }
+
+    /// What `read` finds under the names in a folder of each experiment, behind the one that `token`
+    /// names, in the order of experiments and names.
+    fn page_of<T>(
+        &self,
+        experiments: &[String],
+        folder: &str,
+        token: Option<&str>,
+        read: impl Fn(&str, &str) -> Option<T>,
+    ) -> TrackingResult<Page<T>> {
         let (from, after) = token.and_then(|it| it.split_once('/')).unwrap_or_default();
         let begin = experiments.iter().position(|it| it == from).unwrap_or(0);
         let mut items = Vec::new();
         for experiment in &experiments[begin..] {
-            let names = match names(&self.folder.join(experiment)) {
-                Ok(names) => names,
-                Err(error) if is_absence(&error) => continue,
-                Err(error) => return Err(self.unavailable(plain(&error))),
-            };
-            for run_id in names {
-                if (experiment == from && *run_id <= *after) || !is_run_id(&run_id) {
+            for name in self.names_in(&self.folder.join(experiment).join(folder))? {
+                if experiment == from && *name <= *after {
                     continue;
                 }
-                match self.read(experiment, &run_id) {
-                    Ok(run) if run.lifecycle == Lifecycle::Active => items.push(run),
-                    Ok(_) | Err(Trouble::None) => continue,
-                    Err(Trouble::File(error)) => {
-                        tracing::warn!(server = self.name, run_id, %error, "a run is not shown");
-                    }
-                    Err(Trouble::Text(error)) => {
-                        tracing::warn!(server = self.name, run_id, error, "a run is not shown");
-                    }
-                }
+                items.extend(read(experiment, &name));
                 if items.len() >= PER_PAGE {
-                    let next = Some(format!("{experiment}/{run_id}"));
+                    let next = Some(format!("{experiment}/{name}"));
                     return Ok(Page { items, next });
                 }
             }
         }
         Ok(Page { items, next: None })
+    }
+
+    /// Names in a folder, in order; none where there is no such folder.
+    fn names_in(&self, folder: &Path) -> TrackingResult<Vec<String>> {
+        match names(folder) {
+            Err(error) if is_absence(&error) => Ok(Vec::new()),
+            names => names.map_err(|error| self.unavailable(plain(&error))),
+        }
     }
 }
 
@@ -238,6 +261,105 @@ impl Tracking for FileTracking {
         self.ask(move |this| this.page(&experiments, token.as_deref()))
             .await
     }
+
+    async fn logged_model(&self, model_id: &str) -> TrackingResult<LoggedModel> {
+        let model_id = model_id.to_owned();
+        self.ask(move |this| Ok(this.find_logged(&model_id)?.into()))
+            .await
+    }
+
+    async fn logged_models(
+        &self,
+        experiments: &[String],
+        token: Option<&str>,
+    ) -> TrackingResult<Page<LoggedModel>> {
+        let (experiments, token) = (experiments.to_vec(), token.map(str::to_owned));
+        self.ask(move |this| this.page_of_logged(&experiments, token.as_deref()))
+            .await
+    }
+
+    async fn models_of_run(
+        &self,
+        experiment: &str,
+        run_id: &str,
+    ) -> TrackingResult<Vec<LoggedModel>> {
+        let (experiment, run_id) = (experiment.to_owned(), run_id.to_owned());
+        self.ask(move |this| this.logged_by(&experiment, &run_id))
+            .await
+    }
+
+    async fn registered_model(&self, name: &str) -> TrackingResult<RegisteredModel> {
+        let name = name.to_owned();
+        self.ask(move |this| this.find_registered(&name)).await
+    }
+
+    async fn registered_models(
+        &self,
+        token: Option<&str>,
+    ) -> TrackingResult<Page<RegisteredModel>> {
+        let token = token.map(str::to_owned);
+        self.ask(move |this| this.page_of_registered(token.as_deref()))
+            .await
+    }
+
+    async fn alias(&self, name: &str, alias: &str) -> TrackingResult<String> {
+        let (name, alias) = (name.to_owned(), alias.to_owned());
+        self.ask(move |this| this.find_alias(&name, &alias)).await
+    }
+
+    async fn model_version(&self, name: &str, version: &str) -> TrackingResult<ModelVersion> {
+        let (name, version) = (name.to_owned(), version.to_owned());
+        self.ask(move |this| Ok(this.find_version(&name, &version)?.0))
+            .await
+    }
+
+    async fn model_versions(
+        &self,
+        name: &str,
+        _token: Option<&str>,
+    ) -> TrackingResult<Page<ModelVersion>> {
+        let name = name.to_owned();
+        let items = self.ask(move |this| this.versions(&name)).await?;
+        Ok(Page { items, next: None })
+    }
+
+    async fn version_location(&self, name: &str, version: &str) -> TrackingResult<String> {
+        let (name, version) = (name.to_owned(), version.to_owned());
+        self.ask(move |this| Ok(this.find_version(&name, &version)?.1))
+            .await
+    }
+
+    async fn run_document(&self, run_id: &str) -> TrackingResult<Value> {
+        let run_id = run_id.to_owned();
+        self.ask(move |this| this.describe_run(&this.find(&run_id)?))
+            .await
+    }
+
+    async fn model_document(&self, model_id: &str) -> TrackingResult<Value> {
+        let model_id = model_id.to_owned();
+        self.ask(move |this| this.describe_model(&this.find_logged(&model_id)?))
+            .await
+    }
+}
+
+/// What the `meta.yaml` of a folder says.
+fn read_meta<T: DeserializeOwned>(folder: &Path) -> Result<T, Trouble> {
+    let text = read_small(&folder.join(META))?;
+    serde_saphyr::from_str(&text).map_err(|error| Trouble::Text(first_line(&error.to_string())))
+}
+
+/// The text of a file.
+fn read_small(path: &Path) -> Result<String, Trouble> {
+    let size = match path.metadata() {
+        Ok(metadata) if metadata.is_file() => metadata.len(),
+        Ok(_) => return Err(Trouble::None),
+        Err(error) if is_absence(&error) => return Err(Trouble::None),
+        Err(error) => return Err(Trouble::File(error)),
+    };
+    if size > LARGEST_META {
+        return Err(Trouble::Text(format!("{size} bytes are too many")));
+    }
+    fs::read_to_string(path).map_err(Trouble::File)
 }
 
 /// Names in a folder, in order; those that are no text are not MLflow's.

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -27,14 +28,22 @@ class Server:
 
     def __init__(self, folder, *how):
         self.folder = folder
+        self.how = how
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.log = open(folder / "server.log", "wb")
+        self.start()
+        self.run_id = self.client("print(MlflowClient().create_run('0').info.run_id, end='')")
+        self.path = folder / "runs"
+        self.path.mkdir()
+        self.mounted = False
+
+    def start(self):
         program = pathlib.Path(sys.executable).parent / "mlflow"
         self.server = subprocess.Popen(
             [program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *how],
-            cwd=folder, stdout=self.log, stderr=self.log, start_new_session=True,
+             "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", *self.how],
+            cwd=self.folder, stdout=self.log, stderr=self.log, start_new_session=True,
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
         deadline = time.monotonic() + 120
         while True:
@@ -44,10 +53,14 @@ class Server:
             except OSError:
                 assert self.server.poll() is None and time.monotonic() < deadline
                 time.sleep(0.2)
-        self.run_id = self.client("print(MlflowClient().create_run('0').info.run_id, end='')")
-        self.path = folder / "runs"
-        self.path.mkdir()
-        self.mounted = False
+
+    def signal(self, number):
+        """To the server and its workers."""
+        os.killpg(self.server.pid, number)
+
+    def end(self):
+        self.signal(signal.SIGTERM)
+        self.server.wait(timeout=30)
 
     def client(self, script, *arguments):
         """MLflow's own client, in a process of its own."""
@@ -65,12 +78,12 @@ class Server:
         return self.path / self.run_id
 
     def mlfs(self, *arguments, **more):
+        more = {"env": {**os.environ, "MLFLOW_TRACKING_URI": self.uri}, **more}
         return subprocess.run([os.environ["MLFS_BIN"], *arguments], check=True, timeout=120, **more)
 
     def mount(self, *flags):
         self.mlfs("mount", self.path, "--spill-dir", self.folder / "spill", "--log-file",
-                  self.folder / "log", *flags,
-                  env={**os.environ, "MLFLOW_TRACKING_URI": self.uri})
+                  self.folder / "log", *flags)
         self.mounted = True
 
     def unmount(self):
@@ -93,6 +106,5 @@ class Server:
 
     def stop(self):
         self.unmount()
-        os.killpg(self.server.pid, 15)
-        self.server.wait(timeout=30)
+        self.end()
         self.log.close()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -88,9 +89,15 @@ def test_every_path_that_names_a_model_leads_to_it(made, root):
         assert (path / "MLmodel").samefile(root / "models" / told["model0"] / "MLmodel"), path
     assert os.readlink(root / "models" / "fraud@champion") == "fraud/1"
     assert os.readlink(root / told["run1"] / "model") == f"../models/{told['model1']}"
-    script = "print(mlflow.pyfunc.load_model(sys.argv[2]).predict([[3]])[0], end='')"
-    loaded = made.server.client(script, root / "models" / "fraud@champion")
-    assert round(float(loaded)) == 6
+    # MLflow takes a link that leads out of its folder for an attack; what has a slash behind it is
+    # no link but where it leads. It decodes what looks like a URL's escape, too.
+    paths = [root / "models" / "fraud@champion", root / "models" / told["model0"],
+             os.path.realpath(root / "experiments" / "team%2Ffraud" / "first try" / "model")]
+    ends = [f"{root / path}/" for path in [f"{told['run0']}/model", "models/fraud/1",
+                                           "models/fraud@champion"]]
+    script = ("print([round(float(mlflow.pyfunc.load_model(path).predict([[3]])[0])) "
+              "for path in sys.argv[2:]], end='')")
+    assert json.loads(made.server.client(script, *paths, *ends)) == [6] * 6
 
 
 def test_what_there_is_is_listed(made, root):
@@ -241,6 +248,53 @@ def test_what_changes_on_the_server_is_seen(made, root):
     wait_until("its end", lambda: not (root / "models" / "passing").exists())
 
 
+def error_of(path):
+    with pytest.raises(OSError) as caught:
+        os.stat(path)
+    return caught.value.errno
+
+
+def test_a_server_that_hangs_or_is_restarted(made, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    root = made.mount("server", "--metadata-ttl", "200ms")
+    server, champion = made.server, root / "models" / "fraud@champion"
+
+    def known_names_go_on(opened):
+        for _ in range(3):
+            assert os.readlink(champion) == "fraud/1"
+            assert made.told["model0"] in (champion / "MLmodel").read_text()
+            assert os.listdir(root / made.told["run0"] / "model")
+            opened.seek(0)
+            assert made.told["model0"] in opened.read()
+        for unknown in ["models/unheard of", "experiments/unheard of", "f" * 32]:
+            assert error_of(root / unknown) == errno.EIO, unknown
+
+    try:
+        with open(champion / "MLmodel") as opened:
+            assert os.listdir(root / made.told["run0"])
+            server.signal(signal.SIGSTOP)
+            try:
+                known_names_go_on(opened)
+            finally:
+                server.signal(signal.SIGCONT)
+            wait_until("an answer", lambda: error_of(root / "models" / "unheard of") == errno.ENOENT)
+            server.end()
+            try:
+                known_names_go_on(opened)
+            finally:
+                server.start()
+            server.client("MlflowClient().set_registered_model_alias('fraud', 'champion', 2)")
+            wait_until("the alias to move", lambda: os.readlink(champion) == "fraud/2")
+            opened.seek(0)
+            assert made.told["model0"] in opened.read()
+        log = (server.folder / "log").read_text()
+        assert "the tracking server fails" in log and "the tracking server answers again" in log
+    finally:
+        server.client("MlflowClient().set_registered_model_alias('fraud', 'champion', 1)")
+        server.unmount()
+
+
 def test_commands_follow_the_links(made, root):
     champion = root / "models" / "fraud@champion"
     made.server.mlfs("wait", champion)
@@ -292,7 +346,8 @@ def test_a_shell_script_does_what_log_model_does(made):
     root = made.mount("server")
     try:
         subprocess.run(["bash", "-c", SCRIPT], check=True, timeout=120,
-                       env={**os.environ, "ROOT": str(root), "PYTHON": sys.executable})
+                       env={**os.environ, "MLFLOW_TRACKING_URI": made.server.uri, "ROOT": str(root),
+                            "PYTHON": sys.executable})
         assert made.server.client(TOLD) == "told"
         run = root / "experiments" / "by%2Fhand" / "run one"
         assert (run / "note.txt").read_text() == "text\n"
@@ -325,8 +380,14 @@ def test_commands_say_what_is_wrong(made):
                             (["run", "end", root / made.told["run0"]], "only read"),
                             (["run", "end", made.server.folder], "not on a mount")]:
         done = subprocess.run([os.environ["MLFS_BIN"], *arguments], capture_output=True, text=True,
-                              timeout=60)
+                              timeout=60,
+                              env={**os.environ, "MLFLOW_TRACKING_URI": made.sources["database"]})
         assert done.returncode != 0 and told in done.stderr, (arguments, done)
+    # What is exported may be another server's, and its password too.
+    done = subprocess.run([os.environ["MLFS_BIN"], "run", "end", root / made.told["run0"]], timeout=60,
+                          capture_output=True, text=True,
+                          env={**os.environ, "MLFLOW_TRACKING_URI": made.server.uri})
+    assert done.returncode == 2 and f"MLFLOW_TRACKING_URI names {made.server.uri}" in done.stderr, done
     for path in [root / "experiments" / "new", root / "experiments" / "Default" / "new"]:
         with pytest.raises(OSError) as caught:
             path.mkdir()

@@ -4,6 +4,7 @@ use rusqlite::{Connection, OptionalExtension, Row};
 use serde_json::{Value, json};
 
 use super::SqliteTracking;
+use crate::tracking::documents::{model_status, run_info};
 use crate::tracking::{LoggedModel, Run, Tracking, TrackingResult};
 
 impl SqliteTracking {
@@ -36,23 +37,7 @@ impl SqliteTracking {
             Ok(json!({"metrics": metrics, "params": params, "tags": tags}))
         });
         let data = data.await?;
-        let milliseconds = |time: Option<std::time::SystemTime>| {
-            let since = time?.duration_since(std::time::UNIX_EPOCH).ok()?;
-            Some(since.as_millis() as u64)
-        };
-        Ok(json!({
-            "info": {
-                "run_id": run.run_id,
-                "run_name": run.run_name,
-                "experiment_id": run.experiment_id,
-                "status": run.status,
-                "start_time": milliseconds(run.start_time),
-                "end_time": milliseconds(run.end_time),
-                "artifact_uri": run.artifact_uri,
-                "lifecycle_stage": "active",
-            },
-            "data": data,
-        }))
+        Ok(json!({"info": run_info(run), "data": data}))
     }
 
     pub(super) async fn describe_model(&self, model: &LoggedModel) -> TrackingResult<Value> {
@@ -74,7 +59,7 @@ impl SqliteTracking {
                         "name": row.get::<_, String>(1)?,
                         "experiment_id": row.get::<_, i64>(2)?.to_string(),
                         "artifact_uri": row.get::<_, String>(3)?,
-                        "status": status(row.get(4)?),
+                        "status": model_status(row.get(4)?),
                         "model_type": row.get::<_, Option<String>>(5)?,
                         "source_run_id": row.get::<_, Option<String>>(6)?,
                         "creation_timestamp_ms": row.get::<_, i64>(7)?,
@@ -87,16 +72,6 @@ impl SqliteTracking {
             Ok(info.map(|info| json!({"info": info, "data": {"params": params}})))
         });
         found.await?.ok_or_else(|| self.nothing(what))
-    }
-}
-
-/// MLflow's word for a number of its protocol.
-fn status(number: Option<i64>) -> &'static str {
-    match number {
-        Some(1) => "LOGGED_MODEL_PENDING",
-        Some(2) => "LOGGED_MODEL_READY",
-        Some(3) => "LOGGED_MODEL_UPLOAD_FAILED",
-        _ => "LOGGED_MODEL_STATUS_UNSPECIFIED",
     }
 }
 
