@@ -10,6 +10,8 @@ import sys
 import time
 import urllib.request
 
+from mlflow import MlflowClient
+
 CLIENT = """
 import mlflow, sys
 from mlflow import MlflowClient
@@ -61,6 +63,11 @@ class Server:
     def end(self):
         self.signal(signal.SIGTERM)
         self.server.wait(timeout=30)
+
+    @property
+    def api(self):
+        """MLflow's own client, in this process."""
+        return MlflowClient(self.uri, self.uri)
 
     def client(self, script, *arguments):
         """MLflow's own client, in a process of its own."""

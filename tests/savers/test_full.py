@@ -73,5 +73,5 @@ def test_a_model_that_mlflow_pytorch_logs_loads_from_every_path(saved):
     saved.mount.cold()
     models = saved.mount.path / "models"
     for path in [models / logged.model_id, models / name / "1", saved.folder / "net"]:
-        loaded = mlflow.pytorch.load_model(path)
+        loaded = mlflow.pytorch.load_model(f"{path}/")
         assert torch.equal(loaded(torch.ones(1, 4)), model(torch.ones(1, 4))), path

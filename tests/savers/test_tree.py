@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import uuid
 
 import pytest
 
@@ -246,6 +247,47 @@ def test_what_changes_on_the_server_is_seen(made, root):
     wait_until("a model", (root / "models" / "passing").is_dir)
     client("MlflowClient().delete_registered_model('passing')")
     wait_until("its end", lambda: not (root / "models" / "passing").exists())
+
+
+def crowd(made, count):
+    """An experiment with so many runs, put where MLflow keeps them; its name and their ids."""
+    name = f"crowd {uuid.uuid4().hex}"
+    experiment = made.server.api.create_experiment(name)
+    ids = [uuid.uuid4().hex for _ in range(count)]
+    with sqlite3.connect(made.server.folder / "mlflow.db", timeout=30) as database:
+        database.executemany(
+            "INSERT INTO runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, "
+            "status, start_time, source_version, lifecycle_stage, artifact_uri, experiment_id) "
+            "VALUES (?, ?, 'LOCAL', '', '', 'me', 'FINISHED', ?, '', 'active', ?, ?)",
+            [(run, f"run {number}", 1_700_000_000_000 + number, f"/nowhere/{run}", int(experiment))
+             for number, run in enumerate(ids)])
+    return experiment, name, ids
+
+
+def test_runs_that_come_and_go_during_a_listing(made, root):
+    api = made.server.api
+    experiment, name, ids = crowd(made, 2500)
+    try:
+        wait_until("the experiment", (root / "experiments" / name).is_dir)
+        gone = set()
+        for folder, names in [(root / "experiments" / name, {f"run {it}" for it in range(2500)}),
+                              (root, set(ids))]:
+            seen, fresh = [], 0
+            with os.scandir(folder) as entries:
+                for number, entry in enumerate(entries):
+                    seen.append(entry.name)
+                    if number % 500 == 100:
+                        api.create_run(experiment, run_name="late")
+                        fresh += 1
+                    if number % 500 == 300:
+                        victim = ids.pop()
+                        api.delete_run(victim)
+                        gone |= {victim, f"run {len(ids)}"}
+            assert len(seen) == len(set(seen)), folder
+            assert names - gone <= set(seen), (folder, sorted(names - gone - set(seen))[:5])
+            assert fresh > 3
+    finally:
+        api.delete_experiment(experiment)
 
 
 def error_of(path):
