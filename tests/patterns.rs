@@ -106,6 +106,10 @@ impl Drop for Held<'_> {
 /// Goes on with a read by calling `step` with 0, 1, ... in turn while the store answers nothing;
 /// waits until `most` ranges are in flight, and lets it read to the end.
 fn goes_on_with_ranges_in_flight(lab: &Lab, steps: u64, most: u64, step: impl Fn(u64) + Sync) {
+    // Those that are in flight then were all asked for while it was held.
+    wait_until("all requests to be answered", || {
+        lab.s3.stats().at_once == 0
+    });
     std::thread::scope(|scope| {
         let held = Held::new(lab);
         scope.spawn(|| (0..steps).for_each(&step));

@@ -52,7 +52,7 @@ need_python() {
         mkdir -p "$CACHE"
         python3 -m venv "$venv"
         "$venv/bin/pip" install -q uv >&2
-        # Where Python may not write its bytecode, each import of mlflow compiles it anew: 8 s and not 2.
+        # Where Python may not write its bytecode, each import of mlflow compiles it anew: 8 s and not 3.
         "$venv/bin/uv" pip install -q --compile-bytecode --python "$venv/bin/python" \
             -r "$requirements" >&2
         touch "$venv/compiled"

@@ -181,6 +181,7 @@ impl FileTracking {
         None
     }
 
+    /// Active runs behind the one that `token` names, in the order of experiments and ids.
     fn page(&self, experiments: &[String], token: Option<&str>) -> TrackingResult<Page<Run>> {
         self.page_of(experiments, "", token, |experiment, run_id| {
             if !is_run_id(run_id) {

@@ -44,3 +44,11 @@ pub struct ModelVersion {
     pub run_id: String,
     pub modified: Option<SystemTime>,
 }
+
+impl ModelVersion {
+    /// The number of a version, if a text is one as MLflow writes it: `01` is none.
+    pub(super) fn number(text: &str) -> Option<u64> {
+        let number = text.parse::<u64>().ok();
+        number.filter(|number| number.to_string() == text)
+    }
+}

@@ -4,7 +4,7 @@
 use serde::Deserialize;
 
 use super::{
-    FileTracking, META, PER_PAGE, Trouble, first_line, is_absence, names, read_meta, read_small,
+    FileTracking, PER_PAGE, Trouble, first_line, is_absence, names, read_meta, read_small,
 };
 use crate::tracking::wire::since_1970;
 use crate::tracking::{
@@ -211,9 +211,7 @@ impl FileTracking {
         version: &str,
     ) -> TrackingResult<(ModelVersion, String)> {
         let what = format!("version {version} of model {name:?}");
-        let number = version.parse::<u64>().ok();
-        let number = number.filter(|number| number.to_string() == version);
-        let read = match number {
+        let read = match ModelVersion::number(version) {
             Some(number) => self.read_version(name, number),
             None => Err(Trouble::None),
         };
@@ -265,5 +263,5 @@ impl FileTracking {
 
 /// Whether a name is one of something in a folder, and leads nowhere else.
 fn is_component(name: &str) -> bool {
-    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']) && name != META
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0'])
 }

@@ -4,7 +4,7 @@ use rusqlite::{Connection, OptionalExtension, Row};
 use serde_json::{Value, json};
 
 use super::SqliteTracking;
-use crate::tracking::documents::{model_status, run_info};
+use crate::tracking::documents::{model_status, number, run_info};
 use crate::tracking::{LoggedModel, Run, Tracking, TrackingResult};
 
 impl SqliteTracking {
@@ -23,8 +23,8 @@ impl SqliteTracking {
                 |row| {
                     let is_nan: Option<bool> = row.get(4)?;
                     let value = match is_nan {
-                        Some(true) => json!("NaN"),
-                        _ => json!(row.get::<_, Option<f64>>(1)?),
+                        Some(true) => number(f64::NAN),
+                        _ => json!(row.get::<_, Option<f64>>(1)?.map(number)),
                     };
                     Ok(json!({
                         "key": row.get::<_, String>(0)?,

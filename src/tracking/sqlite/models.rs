@@ -139,8 +139,7 @@ impl SqliteTracking {
         version: &str,
     ) -> TrackingResult<(ModelVersion, String)> {
         let what = format!("version {version} of model {name:?}");
-        let number = version.parse::<i64>().ok();
-        let number = number.filter(|number| number.to_string() == version);
+        let number = ModelVersion::number(version).and_then(|number| i64::try_from(number).ok());
         let Some(number) = number else {
             return Err(self.nothing(what));
         };
