@@ -25,12 +25,20 @@ def free_port():
         return listener.getsockname()[1]
 
 
-class Server:
-    """A server, started so, a run of it, and a mount."""
+def wait_until(what, holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
-    def __init__(self, folder, *how):
+
+class Server:
+    """A server, started so by an interpreter that has MLflow, a run of it, and a mount."""
+
+    def __init__(self, folder, *how, python=sys.executable):
         self.folder = folder
         self.how = how
+        self.python = python
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.log = open(folder / "server.log", "wb")
@@ -40,11 +48,18 @@ class Server:
         self.path.mkdir()
         self.mounted = False
 
+    @property
+    def program(self):
+        return pathlib.Path(self.python).parent / "mlflow"
+
+    @property
+    def database(self):
+        return f"sqlite:///{self.folder}/mlflow.db"
+
     def start(self):
-        program = pathlib.Path(sys.executable).parent / "mlflow"
         self.server = subprocess.Popen(
-            [program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", *self.how],
+            [self.program, "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+             "--backend-store-uri", self.database, *self.how],
             cwd=self.folder, stdout=self.log, stderr=self.log, start_new_session=True,
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
         deadline = time.monotonic() + 120
@@ -55,6 +70,14 @@ class Server:
             except OSError:
                 assert self.server.poll() is None and time.monotonic() < deadline
                 time.sleep(0.2)
+
+    def upgrade(self, python):
+        """Goes on with what another interpreter has, as whoever runs a server is told to."""
+        self.end()
+        self.python = python
+        subprocess.run([self.program, "db", "upgrade", self.database], check=True, timeout=120,
+                       stdout=self.log, stderr=self.log)
+        self.start()
 
     def signal(self, number):
         """To the server and its workers."""
@@ -71,7 +94,7 @@ class Server:
 
     def client(self, script, *arguments):
         """MLflow's own client, in a process of its own."""
-        done = subprocess.run([sys.executable, "-c", CLIENT + script, self.uri, *map(str, arguments)],
+        done = subprocess.run([self.python, "-c", CLIENT + script, self.uri, *map(str, arguments)],
                               check=True, timeout=300, stdout=subprocess.PIPE, text=True)
         return done.stdout.splitlines()[-1] if done.stdout else ""
 

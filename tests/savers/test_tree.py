@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 
-from servers import Server
+from servers import Server, wait_until
 
 MADE = """
 import json, sklearn.linear_model, mlflow.sklearn
@@ -70,13 +70,6 @@ def made(tmp_path_factory):
 def root(made, request):
     yield made.mount(request.param, "--metadata-ttl", "200ms")
     made.server.unmount()
-
-
-def wait_until(what, holds):
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def test_every_path_that_names_a_model_leads_to_it(made, root):
@@ -208,45 +201,90 @@ def revive(made):
 
 
 def test_what_changes_on_the_server_is_seen(made, root):
-    def client(script):
-        made.server.client(script)
-
+    api, told = made.server.api, made.told
     champion = root / "models" / "fraud@champion"
     with open(champion / "MLmodel") as opened:
-        client("MlflowClient().set_registered_model_alias('fraud', 'champion', 2)")
+        api.set_registered_model_alias("fraud", "champion", 2)
         wait_until("the alias to move", lambda: os.readlink(champion) == "fraud/2")
         # What is open stays what it was.
-        assert made.told["model0"] in opened.read()
-    assert made.told["model1"] in (champion / "MLmodel").read_text()
-    client("MlflowClient().set_registered_model_alias('fraud', 'champion', 1)")
-    experiments = root / "experiments"
-    client(f"MlflowClient().rename_experiment('{made.told['experiment']}', 'renamed')")
-    wait_until("the new name", lambda: (experiments / "renamed" / "first try").is_dir())
-    wait_until("the end of the old name", lambda: not (experiments / "team%2Ffraud").exists())
-    client(f"MlflowClient().rename_experiment('{made.told['experiment']}', 'team/fraud')")
-    wait_until("the old name", lambda: (experiments / "team%2Ffraud").exists())
-    second = experiments / "team%2Ffraud" / f"first try-{made.told['run1'][:8]}"
-    client(f"MlflowClient().delete_run('{made.told['run1']}')")
-    wait_until("the end of the run", lambda: not os.path.lexists(second))
+        assert told["model0"] in opened.read()
+    assert told["model1"] in (champion / "MLmodel").read_text()
+    api.set_registered_model_alias("fraud", "champion", 1)
     # A version outlives what it was made from.
-    client(f"MlflowClient().delete_logged_model('{made.told['model1']}')")
+    api.delete_logged_model(told["model1"])
     version = root / "models" / "fraud" / "2"
     wait_until("the end of the model", lambda: not version.is_symlink())
-    assert made.told["model1"] in (version / "MLmodel").read_text()
-    client(f"MlflowClient().restore_run('{made.told['run1']}')")
-    wait_until("the run", second.is_dir)
+    assert told["model1"] in (version / "MLmodel").read_text()
     revive(made)
     wait_until("the model", version.is_symlink)
     empty = root / "models" / "empty"
-    client("MlflowClient().create_model_version('empty', 's3://mlflow/anything', None)")
+    api.create_model_version("empty", "s3://mlflow/anything", None)
     wait_until("a version", lambda: len(os.listdir(empty)) == 1)
     version = os.listdir(empty)[0]
-    client(f"MlflowClient().delete_model_version('empty', '{version}')")
+    api.delete_model_version("empty", version)
     wait_until("its end", lambda: not os.listdir(empty) and not (empty / version).exists())
-    client("MlflowClient().create_registered_model('passing')")
+    api.create_registered_model("passing")
     wait_until("a model", (root / "models" / "passing").is_dir)
-    client("MlflowClient().delete_registered_model('passing')")
-    wait_until("its end", lambda: not (root / "models" / "passing").exists())
+    api.rename_registered_model("passing", "passed")
+    wait_until("its new name", (root / "models" / "passed").is_dir)
+    wait_until("the end of the old name", lambda: not (root / "models" / "passing").exists())
+    api.delete_registered_model("passed")
+    wait_until("its end", lambda: not (root / "models" / "passed").exists())
+
+
+def test_runs_renamed_deleted_and_restored_are_seen(made, root):
+    api, run = made.server.api, made.told["run1"]
+    experiment = root / "experiments" / "team%2Ffraud"
+    second = experiment / f"first try-{run[:8]}"
+    assert os.path.lexists(second) and os.path.lexists(experiment / "first try")
+    with open(second / "note.txt") as opened:
+        api.update_run(run, name="second try")
+        renamed = experiment / "second try"
+        wait_until("the new name", lambda: os.path.lexists(renamed))
+        wait_until("the end of the old name", lambda: not os.path.lexists(second))
+        assert {"first try", "second try"} <= set(os.listdir(experiment))
+        assert (renamed / "note.txt").samefile(root / run / "note.txt")
+        assert os.readlink(experiment / "first try").endswith(made.told["run0"])
+        # A name that two runs have again.
+        api.update_run(run, name="first try")
+        wait_until("the old name", lambda: os.path.lexists(second))
+        wait_until("the end of the new name", lambda: not os.path.lexists(renamed))
+        api.delete_run(run)
+        wait_until("the end of the run", lambda: not os.path.lexists(second))
+        wait_until("its end in the root", lambda: run not in os.listdir(root))
+        # What is open stays what it was.
+        assert opened.read() == "hello"
+    api.restore_run(run)
+    wait_until("the run", second.is_dir)
+    assert (second / "note.txt").read_text() == "hello" and run in os.listdir(root)
+
+
+def test_experiments_renamed_deleted_and_restored_are_seen(made, root):
+    api, told = made.server.api, made.told
+    experiments = root / "experiments"
+    fraud, renamed = experiments / "team%2Ffraud", experiments / "renamed"
+    note = fraud / "first try" / "note.txt"
+    with note.open() as opened:
+        api.rename_experiment(told["experiment"], "renamed")
+        wait_until("the new name", (renamed / "first try").is_dir)
+        wait_until("the end of the old name", lambda: not fraud.exists())
+        assert sorted(os.listdir(experiments)) == ["Default", "renamed"]
+        assert (renamed / "first try" / "note.txt").read_text() == "hello"
+        api.rename_experiment(told["experiment"], "team/fraud")
+        wait_until("the old name", (fraud / "first try").is_dir)
+        wait_until("the end of the new name", lambda: not renamed.exists())
+        api.delete_experiment(told["experiment"])
+        wait_until("its end", lambda: not fraud.exists())
+        assert os.listdir(experiments) == ["Default"]
+        wait_until("the end of its runs", lambda: told["run0"] not in os.listdir(root))
+        wait_until("the end of a run's name", lambda: not os.path.lexists(root / told["run0"]))
+        # What is open stays what it was.
+        assert opened.read() == "hello"
+    api.restore_experiment(told["experiment"])
+    wait_until("the experiment", note.is_file)
+    assert note.read_text() == "hello"
+    wait_until("its runs", lambda: told["run0"] in os.listdir(root))
+    assert (root / told["run0"] / "model" / "MLmodel").is_file()
 
 
 def crowd(made, count):
