@@ -9,5 +9,6 @@ mod callbacks;
 mod convert;
 mod listing;
 mod mount;
+mod readahead;
 
 pub use mount::{FuseOptions, Mounted, mount, unmount_path};

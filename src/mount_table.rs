@@ -27,8 +27,15 @@ pub enum Place {
     Free(PathBuf),
 }
 
-/// Mount points and their types, in the order of mounting.
-pub struct Table(Vec<(PathBuf, String)>);
+/// Mounts, in the order of mounting.
+pub struct Table(Vec<Mount>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    path: PathBuf,
+    kind: String,
+    device: String,
+}
 
 impl Table {
     /// # Errors
@@ -41,9 +48,18 @@ impl Table {
     }
 
     /// The mount made last hides the ones below it.
+    fn at(&self, path: &Path) -> Option<&Mount> {
+        self.0.iter().rfind(|mount| mount.path == path)
+    }
+
+    /// The type of filesystem that is mounted there.
     fn kind(&self, path: &Path) -> Option<&str> {
-        let found = self.0.iter().rfind(|(at, _)| at == path);
-        found.map(|(_, kind)| kind.as_str())
+        self.at(path).map(|mount| mount.kind.as_str())
+    }
+
+    /// The device number of what is mounted there, such as `0:98`.
+    pub fn device(&self, path: &Path) -> Option<&str> {
+        self.at(path).map(|mount| mount.device.as_str())
     }
 
     fn is_mlfs(&self, path: &Path) -> bool {
@@ -52,7 +68,7 @@ impl Table {
 
     /// Where mlfs is mounted, each place once.
     pub fn of_mlfs(&self) -> Vec<PathBuf> {
-        let mut mounts: Vec<PathBuf> = self.0.iter().map(|(path, _)| path.clone()).collect();
+        let mut mounts: Vec<PathBuf> = self.0.iter().map(|mount| mount.path.clone()).collect();
         mounts.retain(|path| self.is_mlfs(path));
         mounts.dedup();
         mounts
@@ -126,11 +142,13 @@ fn parts(path: &Path) -> Vec<OsString> {
     names.collect()
 }
 
-/// `36 35 98:0 / /mnt/x rw,noatime master:1 - fuse.mlfs mlfs rw` → mount point and type.
-fn parse(line: &[u8]) -> Option<(PathBuf, String)> {
+/// `36 35 98:0 / /mnt/x rw,noatime master:1 - fuse.mlfs mlfs rw`
+fn parse(line: &[u8]) -> Option<Mount> {
     let separator = line.windows(3).position(|window| window == b" - ")?;
     let (before, after) = (&line[..separator], &line[separator + 3..]);
-    let path = before.split(|byte| *byte == b' ').nth(4)?;
+    let mut fields = before.split(|byte| *byte == b' ');
+    let device = String::from_utf8_lossy(fields.nth(2)?).into_owned();
+    let path = PathBuf::from(unescape(fields.nth(1)?));
     let mut words = after
         .split(|byte| *byte == b' ')
         .map(String::from_utf8_lossy);
@@ -141,7 +159,7 @@ fn parse(line: &[u8]) -> Option<(PathBuf, String)> {
     } else {
         kind.into_owned()
     };
-    Some((PathBuf::from(unescape(path)), kind))
+    Some(Mount { path, kind, device })
 }
 
 /// The table writes a space as `\040`.
@@ -176,10 +194,11 @@ mod tests {
     #[test]
     fn the_mount_table_is_read_with_its_escapes_and_whatever_its_bytes() {
         let line = b"36 35 0:98 / /mnt/my\\040runs\xff rw,noatime shared:1 - fuse.mlfs mlfs rw";
-        let path = PathBuf::from(OsStr::from_bytes(b"/mnt/my runs\xff"));
-        assert_eq!(parse(line), Some((path, "fuse.mlfs".to_owned())));
+        let mount = parse(line).unwrap();
+        assert_eq!(mount.path, OsStr::from_bytes(b"/mnt/my runs\xff"));
+        assert_eq!((&*mount.kind, &*mount.device), ("fuse.mlfs", "0:98"));
         let by_root = b"36 35 0:98 / /mnt/x rw - fuse mlfs rw";
-        assert_eq!(parse(by_root).unwrap().1, "fuse.mlfs");
+        assert_eq!(parse(by_root).unwrap().kind, "fuse.mlfs");
     }
 
     #[test]

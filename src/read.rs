@@ -14,6 +14,7 @@ mod block;
 mod disk;
 mod distance;
 mod fetch;
+mod kernel;
 mod look;
 mod object;
 mod pattern;

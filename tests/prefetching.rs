@@ -3,7 +3,8 @@
 mod harness;
 
 use std::fs;
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use harness::{Lab, Mount, kill, noise, text, wait_until};
@@ -217,4 +218,50 @@ fn who_replaces_a_file_meanwhile_does_not_have_it_cached_as_the_former() {
         "{}",
         text(&output)
     );
+}
+
+/// Where the kernel's readahead of a mount stands; `None` where it cannot be set.
+fn readahead(mount: &Mount<'_>) -> Option<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let device = table.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let device = fields.nth(2)?;
+        (Path::new(fields.nth(1)?) == mount.path).then_some(device)
+    });
+    let file = PathBuf::from(format!("/sys/class/bdi/{}/read_ahead_kb", device.unwrap()));
+    let value = fs::read(&file).ok()?;
+    fs::write(&file, value).ok().map(|()| file)
+}
+
+#[test]
+fn the_kernel_reads_further_ahead_in_files_with_parts_and_in_those_that_are_whole_on_disk() {
+    let lab = Lab::new();
+    for name in ["plain", "cached", "not-one.npz", "model.safetensors"] {
+        lab.put(name, noise(3 << 20));
+    }
+    let check = |mount: &Mount<'_>, name: &str, expected: &str| {
+        let Some(setting) = readahead(mount) else {
+            eprintln!("the kernel's readahead cannot be set here");
+            return;
+        };
+        drop(fs::File::open(mount.at(name)).unwrap());
+        let now = fs::read_to_string(setting).unwrap();
+        assert_eq!(now.trim(), expected, "{name}");
+    };
+    let mount = lab.mount();
+    check(&mount, "model.safetensors", "256");
+    check(&mount, "plain", "128");
+    check(&mount, "not-one.npz", "256");
+    // It is not what its name says, which is known to whoever has it open.
+    let mut open = fs::File::open(mount.at("not-one.npz")).unwrap();
+    assert_eq!(open.read_to_end(&mut Vec::new()).unwrap(), 3 << 20);
+    check(&mount, "not-one.npz", "128");
+    drop((open, mount));
+    let folder = lab.empty_folder();
+    let mount = cached(&lab, &folder, &[]);
+    check(&mount, "cached", "128");
+    let output = prefetch(&lab, &[&mount.at("cached")]);
+    assert!(output.status.success(), "{}", text(&output));
+    check(&mount, "cached", "1024");
+    check(&mount, "plain", "128");
 }

@@ -19,6 +19,7 @@ use super::answer::{Answering, attr, done, entry, xattr};
 use super::backing::{self, Backing};
 use super::convert::{access, attributes, open_flags};
 use super::listing::{list, listed, listed_plus};
+use super::readahead::Readahead;
 use crate::vfs::{EntryAttributes, Opened, RenameMode, Vfs, WriteOutcome};
 
 /// Requests the kernel may have in flight beyond those somebody waits for (readahead).
@@ -30,15 +31,17 @@ const LONGEST_NAME: u32 = 255;
 pub(super) struct Callbacks {
     answering: Answering,
     backing: Arc<Backing>,
+    readahead: Arc<Readahead>,
     /// The kernel maps files whose pages it does not keep.
     maps_direct: bool,
 }
 
 impl Callbacks {
-    pub fn new(vfs: Arc<Vfs>, runtime: Handle) -> Self {
+    pub fn new(vfs: Arc<Vfs>, runtime: Handle, readahead: Arc<Readahead>) -> Self {
         Self {
             answering: Answering { vfs, runtime },
             backing: Arc::default(),
+            readahead,
             maps_direct: false,
         }
     }
@@ -236,12 +239,16 @@ impl Filesystem for Callbacks {
     fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let access = access(flags.0, request.pid());
         let (vfs, backing) = (Arc::clone(&self.answering.vfs), Arc::clone(&self.backing));
+        let readahead = Arc::clone(&self.readahead);
         self.answering.call(
             "open",
             inode.0,
             |vfs| async move { vfs.open(inode.0, access).await },
             move |outcome| match outcome {
-                Ok(opened) => backing.answer(&vfs, inode.0, &opened, reply),
+                Ok(opened) => {
+                    readahead.set(opened.readahead);
+                    backing.answer(&vfs, inode.0, &opened, reply);
+                }
                 Err(errno) => reply.error(errno),
             },
         );

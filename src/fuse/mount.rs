@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use super::callbacks::Callbacks;
+use super::readahead::Readahead;
 use crate::vfs::Vfs;
 
 /// Threads that take requests from the kernel.
@@ -51,8 +52,10 @@ pub fn mount(vfs: Arc<Vfs>, runtime: &Handle, options: &FuseOptions) -> io::Resu
     };
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
-    let callbacks = Callbacks::new(vfs, runtime.clone());
+    let readahead = Arc::new(Readahead::default());
+    let callbacks = Callbacks::new(vfs, runtime.clone(), Arc::clone(&readahead));
     let session = Session::new(callbacks, &options.mountpoint, &config)?;
+    readahead.find(&options.mountpoint);
     let (finish, finished) = oneshot::channel();
     std::thread::Builder::new()
         .name("mlfs-session".to_owned())

@@ -327,6 +327,13 @@ impl DiskObject {
         }
     }
 
+    /// Whether all of the object is there and right as far as this process has seen.
+    pub fn is_whole(&self) -> bool {
+        let open = self.disk.open.lock();
+        open.peek(&self.identity.name)
+            .is_some_and(|version| version.whole().is_some())
+    }
+
     /// The object's bytes as a file, if all are there and right as far as this process has seen.
     pub fn whole(&self) -> Option<Arc<File>> {
         let version = self.disk.open.lock().get(&self.identity.name).cloned()?;

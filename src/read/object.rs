@@ -112,15 +112,9 @@ impl ObjectReader {
         })
     }
 
-    /// All of the object as a file: the store's own where it is one of this machine, or that of the
-    /// disk cache, if it has it whole, and this process has checked or written every block of it.
-    pub fn on_disk(&self) -> Option<Arc<File>> {
-        let source = self.source();
-        if let Some(file) = source.store.file_of(&source.key, source.etag.as_ref()) {
-            return Some(Arc::new(file));
-        }
-        let disk = self.reader.disk.as_ref()?;
-        disk.object(&source)?.whole()
+    /// Whether it has tensors or members that are read as a whole, as far as is known.
+    pub(super) fn has_parts(&self) -> bool {
+        !matches!(self.state.lock().layout, Layout::Plain)
     }
 
     pub(super) fn distance(&self) -> &Distance {

@@ -42,6 +42,8 @@ pub struct Opened {
     pub direct: bool,
     /// What the kernel has cached of this inode is still true.
     pub keep_cache: bool,
+    /// How far ahead of its readers the kernel should read, bytes; `None`: as usual.
+    pub readahead: Option<u64>,
 }
 
 /// What a write that must not wait achieved.
@@ -91,6 +93,7 @@ impl Vfs {
                     local: None,
                     direct: true,
                     keep_cache: false,
+                    readahead: None,
                 });
             }
             Kind::Document(id, document) => {
@@ -103,6 +106,7 @@ impl Vfs {
                     local: None,
                     direct: true,
                     keep_cache: false,
+                    readahead: None,
                 });
             }
             Kind::Order(order) => {
@@ -112,6 +116,7 @@ impl Vfs {
                     local: None,
                     direct: true,
                     keep_cache: false,
+                    readahead: None,
                 });
             }
             _ => return Err(VfsError::IS_DIRECTORY),
@@ -124,7 +129,7 @@ impl Vfs {
         if access.write {
             check_store(&target.store)?;
         }
-        let (keep_cache, local) = {
+        let (keep_cache, local, readahead) = {
             let mut state = file.state();
             if state.unlinked && state.draft.is_none() && state.reader.is_none() {
                 // Removed or replaced since the kernel looked it up: it looks again.
@@ -133,7 +138,9 @@ impl Vfs {
             let local = self.local_bytes(&mut state, &target);
             state.handles += 1;
             state.writers += usize::from(access.write);
-            (self.note_kernel_version(&mut state, &target), local)
+            let keep_cache = self.note_kernel_version(&mut state, &target);
+            let readahead = state.reader.as_ref().and_then(|reader| reader.readahead());
+            (keep_cache, local, readahead)
         };
         let writable = access.write;
         let handle = FileHandle::new(inode, Arc::clone(&file), writable, access.thread);
@@ -148,6 +155,7 @@ impl Vfs {
             local,
             direct: access.write && !access.read,
             keep_cache,
+            readahead,
         })
     }
 
@@ -280,6 +288,7 @@ impl Vfs {
                 local: None,
                 direct: !access.read,
                 keep_cache: false,
+                readahead: None,
             },
         )
     }
