@@ -148,7 +148,7 @@ class RandomThreads(Row):
     def sdk(self, server, size, signed=False):
         moved = self.THREADS * self.EACH * self.LENGTH
         told, cpu = run_sdk(server, ["random", "--key", f"{PREFIX}/huge", "--size", 8192,
-                                     "--range", self.LENGTH // MIB, "--in-flight", self.THREADS,
+                                     "--range", self.LENGTH // 1024, "--in-flight", self.THREADS,
                                      "--reads", self.THREADS * self.EACH], moved)
         return Outcome(told["mib_per_second"], moved), cpu
 
@@ -166,6 +166,11 @@ class FirstByte(Row):
             latencies.append(time.monotonic() - started)
         assert len(latencies) == FIRST
         return Outcome(statistics.median(latencies) * 1000)
+
+    def sdk(self, server, size, signed=False):
+        told, cpu = run_sdk(server, ["random", "--key", f"{PREFIX}/huge", "--size", 8192,
+                                     "--range", 32, "--in-flight", 1, "--reads", FIRST], 0)
+        return Outcome(told["p50_ms"]), cpu
 
 
 class SmallReads(Row):

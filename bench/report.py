@@ -32,6 +32,9 @@ def cell(results):
                else f"{median(results, 'cpu'):.2f} s CPU"]
     if peak(results):
         details.append(f"{peak(results)} MiB")
+    shares = [result["busy"] for result in results if result["busy"] is not None]
+    if shares:
+        details.append(f"{statistics.median(shares):.0%} busy")
     if results[0]["seconds"] is not None:
         details.append(f"{median(results, 'seconds'):.2f} s")
     if results[0]["extra"]:

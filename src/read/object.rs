@@ -1,7 +1,6 @@
 //! One version of one object, and everybody who reads it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -125,8 +125,8 @@ enum Command {
         /// MiB of the object
         #[arg(long)]
         size: u64,
-        /// MiB each
-        #[arg(long, default_value_t = 1)]
+        /// KiB each
+        #[arg(long, default_value_t = 1024)]
         range: u64,
         #[arg(long, default_value_t = 256)]
         reads: u64,
@@ -185,16 +185,17 @@ async fn main() -> anyhow::Result<()> {
             range,
             reads,
         } => {
+            let length = range * 1024;
             let mut seed = 88_172_645_463_325_252_u64;
             let places = (0..reads)
                 .map(|_| {
                     seed ^= seed << 13;
                     seed ^= seed >> 7;
                     seed ^= seed << 17;
-                    seed % ((size - range) * MIB)
+                    seed % (size * MIB - length)
                 })
                 .collect();
-            read::get(&object, places, range * MIB).await?
+            read::get(&object, places, length).await?
         }
     };
     let seconds = started.elapsed().as_secs_f64();
