@@ -13,8 +13,10 @@ use super::harness::{BUCKET, Lab, Mount, PREFIX, wait_until};
 const NAMES: [&str; 3] = ["plain", "other", "d/model.pt"];
 /// Bytes of a file; all together are more than memory or the disk cache hold.
 const SIZE: u64 = 24 << 20;
-/// How often somebody else changes a file, and what readers have read in between, of all files.
+/// How often somebody else changes a file at least, how often at most until somebody has read what was
+/// there no more, and what readers have read in between, of all files.
 const CHANGES: usize = 15;
+const MOST_CHANGES: usize = 90;
 const READS_BETWEEN: u64 = 60;
 const READERS: u64 = 4;
 /// Reads before a reader opens a file anew.
@@ -186,7 +188,10 @@ fn readers_side_by_side_get_bytes_of_one_version_while_others_overwrite() {
             scope.spawn(move || read_on(mount, histories, progress, reader));
         }
         let mut seed = 42;
-        for change in 0..CHANGES {
+        for change in 0..MOST_CHANGES {
+            if change >= CHANGES && progress.refused.load(Ordering::SeqCst) > 0 {
+                break;
+            }
             let before = progress.reads.load(Ordering::SeqCst);
             wait_until("the readers to read", || {
                 progress.reads.load(Ordering::SeqCst) >= before + READS_BETWEEN
