@@ -32,6 +32,12 @@ def wait_until(what, holds):
         time.sleep(0.05)
 
 
+def expect_log(path, *words):
+    """Waits until a mount's log says so: its lines are written by a thread of their own."""
+    for word in words:
+        wait_until(f"{path} to say {word}", lambda: word in path.read_text())
+
+
 class Server:
     """A server, started so by an interpreter that has MLflow, a run of it, and a mount."""
 

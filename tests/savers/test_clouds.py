@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from models import MIB, SMALL, check_what_is_saved
-from servers import Server
+from servers import Server, expect_log
 
 
 def cloud(tmp_path_factory, name, root):
@@ -88,7 +88,7 @@ def test_without_credentials_the_error_says_what_to_set(azure, monkeypatch):
         with pytest.raises(OSError) as refused:
             os.listdir(azure.run)
         assert refused.value.errno == errno.EACCES
-        assert "AZURE_STORAGE_CONNECTION_STRING" in (azure.folder / "log").read_text()
+        expect_log(azure.folder / "log", "AZURE_STORAGE_CONNECTION_STRING")
     finally:
         azure.unmount()
         monkeypatch.undo()

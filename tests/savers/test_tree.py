@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 
-from servers import Server, wait_until
+from servers import Server, expect_log, wait_until
 
 MADE = """
 import json, sklearn.linear_model, mlflow.sklearn
@@ -368,8 +368,8 @@ def test_a_server_that_hangs_or_is_restarted(made, monkeypatch):
             wait_until("the alias to move", lambda: os.readlink(champion) == "fraud/2")
             opened.seek(0)
             assert made.told["model0"] in opened.read()
-        log = (server.folder / "log").read_text()
-        assert "the tracking server fails" in log and "the tracking server answers again" in log
+        expect_log(server.folder / "log", "the tracking server fails",
+                   "the tracking server answers again")
     finally:
         server.client("MlflowClient().set_registered_model_alias('fraud', 'champion', 1)")
         server.unmount()
