@@ -269,9 +269,11 @@ impl Filesystem for Callbacks {
         // A file that is surely new is written before it is read: its writes need no pages.
         let direct = access.exclusive && self.maps_direct;
         let call = |vfs: Arc<Vfs>| async move { vfs.create(parent.0, &name, access).await };
+        let readahead = Arc::clone(&self.readahead);
         let answer = move |outcome: Result<(EntryAttributes, Opened), Errno>| match outcome {
             Ok((entry, mut opened)) => {
                 opened.direct |= direct;
+                readahead.set(opened.readahead);
                 reply.created(
                     &entry.ttl,
                     &attributes(&entry.attributes),

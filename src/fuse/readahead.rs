@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use crate::mount_table::Table;
 
 /// The readahead of files that are opened from now on: the kernel takes that of the mount's backing
-/// device when an open has been answered, for as long as the file is open.
+/// device when an open has been answered, for as long as the file is open. Of two that are answered at
+/// once, one may get the other's, which costs speed only.
 #[derive(Debug, Default)]
 pub(super) struct Readahead {
     setting: Mutex<Option<Setting>>,

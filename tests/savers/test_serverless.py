@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import mlflow.pyfunc
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+from servers import wait_until
 
 LOG = """
 import mlflow
@@ -122,10 +123,7 @@ def test_the_models_of_mlflows_folders_are_shown(tmp_path):
         (models / told["model"] / "more.txt").write_text("by hand")
         alias = "MlflowClient().set_registered_model_alias('fraud', 'champion', 2)"
         by_mlflow.run(sys.executable, "-c", f"from mlflow import MlflowClient; {alias}")
-        deadline = time.monotonic() + 30
-        while os.readlink(models / "fraud@champion") != "fraud/2":
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until("the alias to move", lambda: os.readlink(models / "fraud@champion") == "fraud/2")
 
         document = json.loads((run / ".mlflow" / "run.json").read_text())
         assert document["info"]["run_name"] == "first" and document["info"]["status"] == "FINISHED"

@@ -48,7 +48,7 @@ class Made:
         self.server = Server(folder, "--default-artifact-root", str(folder / "artifacts"),
                              "--no-serve-artifacts")
         self.told = json.loads(self.server.client(MADE, f"s3://mlflow/{folder.name}"))
-        self.sources = {"server": self.server.uri, "database": f"sqlite:///{folder}/mlflow.db"}
+        self.sources = {"server": self.server.uri, "database": self.server.database}
 
     def mount(self, source, *flags):
         self.server.unmount()

@@ -71,7 +71,7 @@ def server(tmp_path):
             root = tmp_path / name
             root.mkdir(exist_ok=True)
             server.mlfs("mount", root, "--spill-dir", tmp_path / f"{name}-spill", "--log-file",
-                        tmp_path / "log", "--metadata-ttl", "200ms",
+                        tmp_path / f"{name}-log", "--metadata-ttl", "200ms",
                         env={**os.environ, "MLFLOW_TRACKING_URI": uri,
                              "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
                              "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"})
