@@ -6,9 +6,7 @@ the reason below the table. Compare only within one run. Rows, columns and bound
 """
 
 import argparse
-import ctypes
 import json
-import mmap
 import os
 import pathlib
 import signal
@@ -20,15 +18,11 @@ import time
 import peers
 import report
 from rows import ROWS, WRITES
-from row import drop_caches
+from machine import Processors, drop_caches, touch_memory
 from server import MIB, PROFILES, TOP, Server, prepare
 
 USUAL_ROWS = ("write,torchsave,safetensors,checkpoint,checkpoint8,small,small8,append,overwrite,"
               "read,read128k,second,warm,mmap,random,tensor,list")
-
-
-# Bytes: a row's pages in the kernel, the daemon's memory, and what a loader makes of a file.
-TOUCHED = 4 << 30
 
 
 class TookTooLong(Exception):
@@ -45,26 +39,6 @@ def limited(seconds, work):
         return work()
     finally:
         signal.alarm(0)
-
-
-class Processors:
-    """How much of all processors' time is used while this is open: by the server, the reader or
-    writer, the mount and the kernel together."""
-
-    def __enter__(self):
-        self.before = self.ticks()
-        return self
-
-    def __exit__(self, *_):
-        idle, total = (now - before for now, before in zip(self.ticks(), self.before))
-        self.busy = 1 - idle / total if total else None
-
-    @staticmethod
-    def ticks():
-        with open("/proc/stat") as file:
-            ticks = [int(field) for field in file.readline().split()[1:9]]
-        # Idle, and idle while a disk works.
-        return ticks[3] + ticks[4], sum(ticks)
 
 
 def on_mount(name, row, server, size, work, limit):
@@ -97,20 +71,6 @@ def directly(name, row, server, size):
             return row.sdk(server, size, signed=True)
         case "s5cmd":
             return row.s5cmd(server, size)
-
-
-def touch_memory():
-    """Has the machine give the memory that a row may take. Of a virtual machine whose free memory goes
-    back to its host, the first touch costs some 2 s a GiB, whoever is measured."""
-    with open("/proc/meminfo") as file:
-        told = dict(line.split(":") for line in file)
-    free = int(told["MemFree"].split()[0]) << 10
-    length = min(TOUCHED, free * 3 // 4) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length:
-        with mmap.mmap(-1, length) as memory:
-            here = ctypes.c_char.from_buffer(memory)
-            ctypes.memset(ctypes.addressof(here), 1, length)
-            del here
 
 
 def measure(name, row, server, size, work, limit):

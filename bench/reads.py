@@ -8,7 +8,8 @@ import subprocess
 import time
 
 from peers import CACHED, MEMORY_DISK, disk_cache, run_s5cmd, run_sdk
-from row import Outcome, Row, drop_caches
+from machine import drop_caches
+from row import Outcome, Row
 from server import BUCKET, FIRST, MANY_SMALL, MIB, PREFIX, RELEASE, SMALL_SIZE, tensor_head
 from writes import in_threads
 

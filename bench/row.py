@@ -1,9 +1,5 @@
 """What a row is."""
 
-import os
-import pathlib
-import sys
-
 
 class Outcome:
     """A value in the row's unit, bytes moved, and what else is worth showing."""
@@ -36,12 +32,3 @@ class Row:
 
     def s5cmd(self, server, size):
         """Measures s5cmd → (Outcome, CPU seconds per GiB), or None."""
-
-
-def drop_caches():
-    """The kernel forgets what it has of files."""
-    os.sync()
-    try:
-        pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError as error:
-        print(f"caches not dropped: {error}", file=sys.stderr)

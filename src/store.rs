@@ -109,8 +109,9 @@ pub struct Payload {
 
 /// The body of a PUT that is larger than what is held in memory at once.
 pub trait LongBody: fmt::Debug + Send + Sync {
-    /// Bytes.
-    fn size(&self) -> u64;
+    /// Bytes; `None` for one that is still being written, whose frames come as it grows. Only stores
+    /// that [stream](Capabilities::streams) take those, once, and without a condition.
+    fn size(&self) -> Option<u64>;
 
     /// All of it, in order. Each call begins anew, for a body that has to be sent again.
     fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>>;
@@ -151,6 +152,8 @@ pub struct Stored {
 pub struct Capabilities {
     /// Objects in parts; where it is false, [`Store::put_long`] takes them.
     pub multipart: bool,
+    /// [`Store::put_long`] takes bodies that are still being written. It may cease to.
+    pub streams: bool,
     /// `copy` inside the store.
     pub copy: bool,
     /// `copy_part` inside the store.

@@ -15,6 +15,7 @@ mod chunk;
 mod draft;
 mod error;
 mod geometry;
+mod growing;
 mod journal;
 mod names;
 mod patience;
@@ -28,6 +29,7 @@ mod rename;
 mod send;
 mod spill;
 mod state;
+mod stream;
 mod target;
 mod whole;
 
@@ -37,7 +39,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::budget::Budget;
 use crate::read::Reader;
@@ -74,6 +76,8 @@ pub struct Writer {
     spill: Arc<Spill>,
     reader: Arc<Reader>,
     transfers: Arc<Semaphore>,
+    /// Of them, those that may be with bodies that follow their writers, and wait for those.
+    followers: Arc<Semaphore>,
     runtime: Handle,
     options: WriteOptions,
     drafts: Mutex<Vec<Weak<Draft>>>,
@@ -108,6 +112,7 @@ impl Writer {
             spill,
             reader,
             transfers: Arc::new(Semaphore::new(options.transfers)),
+            followers: Arc::new(Semaphore::new(options.transfers / 2)),
             runtime,
             options,
             drafts: Mutex::new(Vec::new()),
@@ -135,6 +140,15 @@ impl Writer {
 
     fn tick(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A transfer for a body that follows its writer, if one is free: it is never waited for.
+    fn try_permit_to_follow(&self) -> Option<[OwnedSemaphorePermit; 2]> {
+        let both = [&self.followers, &self.transfers];
+        let [Ok(follower), Ok(transfer)] = both.map(|it| Arc::clone(it).try_acquire_owned()) else {
+            return None;
+        };
+        Some([follower, transfer])
     }
 
     /// What is not stored stays on disk when this process ends, for the next mount.

@@ -167,6 +167,7 @@ impl Store for CloudStore {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             multipart: true,
+            streams: false,
             copy: true,
             copy_part: false,
             list_parts: false,

@@ -168,6 +168,7 @@ impl Store for LocalStore {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             multipart: true,
+            streams: false,
             copy: true,
             copy_part: true,
             list_parts: true,

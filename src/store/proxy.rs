@@ -10,6 +10,7 @@ mod address;
 mod listing;
 mod parts;
 mod read;
+mod release;
 mod sending;
 mod switches;
 mod upload;
@@ -35,6 +36,7 @@ use self::access::Access;
 use self::address::check_name;
 use self::parts::Parts;
 use self::read::Reading;
+use self::release::Release;
 use self::upload::Upload;
 use self::whole::Wholes;
 use super::metrics::{Request, StoreMetrics};
@@ -88,6 +90,7 @@ pub struct ProxyStore {
     access: Access,
     reading: Arc<Reading>,
     parts: Arc<Parts>,
+    release: Arc<Release>,
     metrics: Arc<StoreMetrics>,
 }
 
@@ -113,11 +116,13 @@ impl ProxyStore {
         let switches = settings.switches;
         let reading = Reading::new(access.clone(), wholes, switches, Arc::clone(&metrics));
         let parts = Parts::new(access.clone(), switches, Arc::clone(&metrics));
+        let release = Release::new(access.clone());
         Ok(Self {
             name,
             access,
             reading: Arc::new(reading),
             parts: Arc::new(parts),
+            release: Arc::new(release),
             metrics,
         })
     }
@@ -158,23 +163,31 @@ impl ProxyStore {
         }
     }
 
-    /// Asks, in the background, whether parts can go straight to the store behind the server, unless
-    /// that is known.
+    /// Asks, in the background, whether parts can go straight to the store behind the server, and
+    /// otherwise whether it takes what is still being written; unless that is known.
     fn learn(&self) {
         if self.access.address.run.is_some() || !self.parts.are_to_be_asked_for() {
             return;
         }
         let (reading, parts) = (Arc::clone(&self.reading), Arc::clone(&self.parts));
+        let release = Arc::clone(&self.release);
         tokio::spawn(async move {
             if let Some(info) = reading.info().await {
                 parts.offer(info.multipart_uploads_enabled);
+                release.learn().await;
             }
         });
     }
 
     async fn send(&self, key: &str, body: Arc<dyn LongBody>) -> StoreResult<Stored> {
         self.metrics.count(Request::Put);
-        self.upload().put(key, &self.object(key), &body).await
+        let grows = body.size().is_none();
+        let outcome = self.upload().put(key, &self.object(key), &body).await;
+        // Not where the file was changed under it.
+        if grows && !matches!(outcome, Ok(_) | Err(StoreError::Changed { .. })) {
+            self.release.note_failed_stream();
+        }
+        outcome
     }
 }
 
@@ -197,8 +210,8 @@ fn stranger(name: &str) -> StoreResult<Client> {
 struct Held(Bytes);
 
 impl LongBody for Held {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
+    fn size(&self) -> Option<u64> {
+        Some(self.0.len() as u64)
     }
 
     fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {
@@ -218,8 +231,8 @@ struct Copied {
 }
 
 impl LongBody for Copied {
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> Option<u64> {
+        Some(self.size)
     }
 
     fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {
@@ -256,6 +269,7 @@ impl Store for ProxyStore {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             multipart: self.parts.are_taken(),
+            streams: self.release.streams(),
             copy: false,
             copy_part: false,
             list_parts: false,
@@ -439,7 +453,7 @@ impl ProxyStore {
             false => listing::is_empty_directory(&self.access, &object, key).await?,
         };
         let others = siblings.iter().any(|sibling| sibling != key);
-        if is_there && others && !self.reading.deletes_exactly().await {
+        if is_there && others && !self.release.deletes_exactly().await {
             return Err(StoreError::Unsupported {
                 object: object.to_string(),
                 detail: format!(

@@ -168,6 +168,7 @@ impl Store for S3Store {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             multipart: true,
+            streams: false,
             copy: true,
             copy_part: true,
             list_parts: true,

@@ -13,6 +13,7 @@ use super::Writer;
 use super::chunk::Refusal;
 use super::error::WriteError;
 use super::geometry::Geometry;
+use super::growing::Following;
 use super::journal::{self, Record, now};
 use super::state::{State, Step};
 use super::target::Target;
@@ -73,6 +74,7 @@ impl Draft {
             opened: 0,
             published,
             upload: None,
+            following: Following::Not,
             sequential: true,
             cursor: 0,
             detached: false,

@@ -15,6 +15,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use super::chunk::Data;
 use super::draft::Draft;
 use super::error::WriteError;
+use super::growing::Following;
 use super::journal::{Completing, Record};
 use super::send::Outgoing;
 use super::state::State;
@@ -398,6 +399,7 @@ impl Draft {
             versions.get(index) != Some(&chunk.version) || end > snapshot.size
         });
         state.published = Some(snapshot.generation);
+        state.following = Following::Not;
         state.failure = None;
         state.guard = None;
         // What was written since, and made durable already, stays so.
@@ -461,6 +463,7 @@ impl Draft {
         let _creating = self.creating.lock().await;
         let mut state = self.state.lock();
         state.detached = true;
+        state.following = Following::Ended;
         state.failure = None;
         state.drop_journal();
         self.abandon_upload(&mut state);
@@ -511,7 +514,7 @@ impl State {
     }
 
     /// A modification counts only over the version it started from; a new file wins always.
-    fn condition(&self) -> Condition {
+    pub(super) fn condition(&self) -> Condition {
         let base = self.base.as_ref().filter(|_| self.base_limit > 0);
         // One that lies elsewhere was brought there only to be copied from.
         let own = base

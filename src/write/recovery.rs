@@ -14,6 +14,7 @@ use super::Writer;
 use super::chunk::{Chunk, Data, Sent};
 use super::draft::Draft;
 use super::geometry::Geometry;
+use super::growing::Following;
 use super::journal::{self, ChunkRecord, Journal, Manifest, Record, Replayed};
 use super::spill::{SpillDirectory, SpillFile};
 use super::state::{Misplaced, State, Upload};
@@ -314,6 +315,7 @@ impl Leftover {
             opened: 0,
             published: None,
             upload,
+            following: Following::Not,
             sequential: true,
             cursor: 0,
             held: false,

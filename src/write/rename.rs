@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::chunk::Data;
 use super::draft::Draft;
 use super::error::WriteError;
+use super::growing::Following;
 use super::journal::{Record, Spent};
 use super::names::HeldNames;
 use super::publish::Versions;
@@ -42,6 +43,9 @@ impl Draft {
             .is_some_and(|upload| upload.target.key != target.key);
         if elsewhere && !state.is_worth_bringing_over() {
             self.abandon_upload(&mut state);
+        }
+        if state.target.key != target.key {
+            state.following = Following::Not;
         }
         state.held = target.looks_temporary();
         state.target = target;

@@ -89,8 +89,15 @@ pub(super) fn task_lost(draft: &Draft, error: &tokio::task::JoinError) -> WriteE
 impl Draft {
     /// Sends chunk `index`, which is full, in the background.
     pub(super) fn queue(self: &Arc<Self>, state: &mut State, index: u32) {
-        // Where it is one PUT nothing can be sent before all of it is there.
-        if !state.target.store.capabilities().multipart || !state.queued.insert(index) {
+        let capabilities = state.target.store.capabilities();
+        if !capabilities.multipart {
+            // It is one PUT, which may begin while it is written.
+            if capabilities.streams {
+                self.follow(state);
+            }
+            return;
+        }
+        if !state.queued.insert(index) {
             return;
         }
         let length = {

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use super::Writer;
 use super::chunk::{Chunk, Data, Refusal};
 use super::geometry::Geometry;
+use super::growing::Following;
 use super::journal::Journal;
 use super::spill::SpillFile;
 use super::target::Target;
@@ -47,6 +48,8 @@ pub(super) struct State {
     /// The generation that is in the store.
     pub published: Option<u64>,
     pub upload: Option<Upload>,
+    /// Where it goes while it is written, though it has no parts.
+    pub following: Following,
     /// Every write went to the end, or on from where the last had ended, or to the first or last
     /// chunk.
     pub sequential: bool,

@@ -1,9 +1,9 @@
 //! A file as the body of one PUT, for stores that take no parts.
 //!
-//! Nothing of it is sent before it is closed: it waits in memory and on disk. Its pieces are looked up
-//! when they are sent, not before, so that memory is given back between them.
+//! It is sent when it is closed, and waits in memory and on disk until then; but see
+//! [`stream`](super::stream). Its pieces are looked up when they are sent, not before, so that memory is
+//! given back between them.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::draft::Draft;
 use super::error::WriteError;
+use super::growing::Piece;
 use super::publish::{Action, UNTOUCHED, Versions};
 use super::send::Outgoing;
 use super::target::Target;
@@ -19,18 +20,9 @@ use crate::budget::Reservation;
 use crate::store::checksum::crc32c_update;
 use crate::store::{Condition, LongBody, StoreError, StoreResult, Stored};
 
-/// A chunk of the file as it is sent.
-#[derive(Clone, Debug)]
-struct Piece {
-    index: u32,
-    range: Range<u64>,
-    /// `None`: nothing of it is here; it comes from the object underneath, or is a hole.
-    version: Option<u64>,
-}
-
 /// Why a body came to an end before its end.
 #[derive(Debug)]
-enum Broken {
+pub(super) enum Broken {
     /// Somebody wrote to the file meanwhile.
     Changed,
     Error(WriteError),
@@ -55,6 +47,10 @@ impl Draft {
         size: u64,
         condition: Condition,
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
+        let followed = self.end_following(target, size, &condition).await?;
+        if followed.is_some() {
+            return Ok(followed);
+        }
         let _permit = self.permit().await?;
         let Some(pieces) = self.pieces(size).await? else {
             return Ok(None);
@@ -91,7 +87,10 @@ impl Draft {
     }
 
     /// What the file consists of, once all that is here of each chunk is complete.
-    async fn pieces(self: &Arc<Self>, size: u64) -> Result<Option<Vec<Piece>>, WriteError> {
+    pub(super) async fn pieces(
+        self: &Arc<Self>,
+        size: u64,
+    ) -> Result<Option<Vec<Piece>>, WriteError> {
         let chunks = self.state.lock().geometry.chunks(size);
         let mut pieces = Vec::new();
         for index in chunks {
@@ -125,7 +124,7 @@ impl Draft {
     }
 
     /// The bytes of a piece, if it is what it was.
-    async fn piece(
+    pub(super) async fn piece(
         self: &Arc<Self>,
         piece: &Piece,
     ) -> Result<(Bytes, Option<Reservation>), Broken> {
@@ -143,7 +142,7 @@ impl Draft {
     }
 
     /// Whether all that is here is what it was when the first piece was sent.
-    fn is_as_it_was(&self, pieces: &[Piece]) -> bool {
+    pub(super) fn is_as_it_was(&self, pieces: &[Piece]) -> bool {
         let state = self.state.lock();
         pieces.iter().all(|piece| {
             let chunk = state.chunks.get(&piece.index);
@@ -153,8 +152,8 @@ impl Draft {
 }
 
 impl LongBody for WholeFile {
-    fn size(&self) -> u64 {
-        self.size
+    fn size(&self) -> Option<u64> {
+        Some(self.size)
     }
 
     fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {

@@ -410,8 +410,8 @@ pub async fn listings_of_many_pages_are_whole_and_in_order(place: &Place) {
 struct Pieces(Vec<Bytes>, AtomicBool);
 
 impl LongBody for Pieces {
-    fn size(&self) -> u64 {
-        self.0.iter().map(|piece| piece.len() as u64).sum()
+    fn size(&self) -> Option<u64> {
+        Some(self.0.iter().map(|piece| piece.len() as u64).sum())
     }
 
     fn frames(&self) -> BoxStream<'static, StoreResult<Bytes>> {

@@ -1,7 +1,10 @@
 """Runs whose artifacts an MLflow server proxies: from a directory of its own, and from S3."""
 
 import errno
+import json
 import os
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from models import MIB, SMALL, check_what_is_saved
-from servers import Server
+from servers import Server, expect_log, wait_until
 
 
 @pytest.fixture(scope="module", params=["directory", "s3", "azure"])
@@ -58,6 +61,46 @@ def test_a_large_file_goes_straight_to_the_store_where_that_takes_parts(proxied)
     # Azure's blocks belong to a name: two uploads at once would mix.
     assert (asked["upload_part"] >= 3) == (proxied.kind == "s3"), asked
     assert (asked["complete_multipart"] == 1) == (proxied.kind == "s3"), asked
+
+
+def test_a_large_file_goes_through_the_server_while_it_is_written_where_that_takes_no_parts(proxied):
+    if proxied.kind == "s3":
+        pytest.skip("it takes parts")
+    expect_log(proxied.folder / "log", "it takes files while they are written")
+    content = os.urandom(MIB) * 48
+
+    def bodies():
+        log = (proxied.folder / "server.log").read_text()
+        return sum("PUT /api/2.0/mlflow-artifacts" in line for line in log.splitlines())
+
+    before, sent = bodies(), proxied.store()["bytes_out"]
+    with open(proxied.run / "followed.bin", "wb") as file:
+        file.write(content[:40 * MIB])
+        file.flush()
+        wait_until("a body", lambda: proxied.store()["bytes_out"] >= sent + 30 * MIB)
+        assert "followed.bin" not in {it.path for it in proxied.api.list_artifacts(proxied.run_id)}
+        file.write(content[40 * MIB:])
+    assert bodies() == before + 1
+    with open(proxied.download("followed.bin"), "rb") as file:
+        assert file.read() == content
+    # The plug is pulled: the server has nothing of it, and keeps nothing.
+    file = open(proxied.run / "killed.bin", "wb", buffering=0)
+    file.write(content[:40 * MIB])
+    status = json.loads((proxied.path / ".mlfs" / "status").read_text())
+    wait_until("a body", lambda: proxied.store()["bytes_out"] >= sent + 78 * MIB)
+    os.kill(status["pid"], signal.SIGKILL)
+    with pytest.raises(OSError):
+        file.close()
+        os.stat(proxied.run)
+    subprocess.run(["umount", "-l", proxied.path], check=True)
+    proxied.mounted = False
+    proxied.mount(*SMALL)
+    assert not (proxied.run / "killed.bin").exists()
+    assert "killed.bin" not in {it.path for it in proxied.api.list_artifacts(proxied.run_id)}
+    if proxied.kind == "directory":
+        kept = proxied.folder / "artifacts"
+        wait_until("nothing to be kept", lambda: not [
+            path for path in kept.rglob("*") if "killed" in path.name or "uploading" in path.name])
 
 
 def test_names_move_go_and_come_back(proxied):

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use reqwest::header::SERVER;
+use reqwest::header::{HeaderValue, SERVER};
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -50,7 +50,15 @@ pub(super) struct Access {
     stranger: Client,
     /// Longest wait for an answer that needs no work, and for the next bytes of one.
     pub patience: Duration,
-    takes_halves: Arc<OnceLock<bool>>,
+    program: Arc<OnceLock<Program>>,
+}
+
+/// What answers, by its own words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Program {
+    Gunicorn,
+    Uvicorn,
+    Other,
 }
 
 /// An attempt that failed.
@@ -81,7 +89,7 @@ impl Access {
             courier,
             stranger,
             patience,
-            takes_halves: Arc::default(),
+            program: Arc::default(),
         }
     }
 
@@ -112,9 +120,13 @@ impl Access {
             authorised.map_err(Failed::last)?;
         }
         let response = answer(object, patience, client.execute(request)).await?;
-        self.takes_halves.get_or_init(|| {
-            let server = response.headers().get(SERVER);
-            server.is_some_and(|name| name.as_bytes().starts_with(b"gunicorn"))
+        self.program.get_or_init(|| {
+            let name = response.headers().get(SERVER);
+            match name.map_or(&b""[..], HeaderValue::as_bytes) {
+                name if name.starts_with(b"gunicorn") => Program::Gunicorn,
+                b"uvicorn" => Program::Uvicorn,
+                _ => Program::Other,
+            }
         });
         Ok(response)
     }
@@ -122,13 +134,20 @@ impl Access {
     /// Whether the server takes a body of a told length for whole when it breaks off. Seen of MLflow
     /// under gunicorn: what came of it is the object then. One in chunks has an end of its own.
     pub async fn takes_halves(&self, object: &str) -> Result<bool, Failed> {
-        if let Some(known) = self.takes_halves.get() {
-            return Ok(*known);
+        if let Some(known) = self.program() {
+            return Ok(known == Program::Gunicorn);
         }
         let url = self.address.listing();
         let root = |client: &Client| client.get(&url).query(&[("path", "")]);
         self.send(object, self.patience, root).await?;
-        Ok(self.takes_halves.get().copied().unwrap_or(true))
+        Ok(self
+            .program()
+            .is_none_or(|program| program == Program::Gunicorn))
+    }
+
+    /// What answered first, if anything has.
+    pub fn program(&self) -> Option<Program> {
+        self.program.get().copied()
     }
 
     /// Sends a request, again where that can help.

@@ -238,7 +238,7 @@ impl Parts {
         }
         let size = bytes.len() as u64;
         let sent = answer(object, Duration::MAX, request.send());
-        let response = progress.watch(object, size, self.access.patience, sent);
+        let response = progress.watch(object, Some(size), self.access.patience, sent);
         let etag = etag_of(&response.await?);
         etag.ok_or_else(|| {
             Failed::last(StoreError::Unsupported {

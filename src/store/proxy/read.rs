@@ -29,8 +29,6 @@ const PRESIGNED_FOR: Duration = Duration::from_secs(240);
 const REFUSED_FOR: Duration = Duration::from_secs(300);
 /// Some servers fetch all of an object before they send its first byte.
 const WHOLE_ANSWER: Duration = Duration::from_secs(600);
-/// The first version that is known to.
-const DELETES_EXACTLY: (u32, u32) = (3, 17);
 /// How often a body that breaks off is asked for again without any byte of it having come.
 const RESUMPTIONS: u32 = 4;
 
@@ -60,8 +58,6 @@ pub(super) struct Reading {
     switches: Switches,
     metrics: Arc<StoreMetrics>,
     info: OnceCell<ServerInfo>,
-    /// Whether removing a name removes no other.
-    deletes_exactly: OnceCell<bool>,
     /// The store behind the server cannot be reached, or gives no addresses.
     refused_presigned: Mutex<Option<Instant>>,
     presigned: Mutex<HashMap<String, Presigned>>,
@@ -87,7 +83,6 @@ impl Reading {
             switches,
             metrics,
             info: OnceCell::new(),
-            deletes_exactly: OnceCell::new(),
             refused_presigned: Mutex::default(),
             presigned: Mutex::default(),
             // The server may fetch all of it, whatever is asked for.
@@ -233,21 +228,6 @@ impl Reading {
             *self.refused_presigned.lock() = Some(Instant::now());
         }
         info.is_some_and(|info| info.multipart_downloads_enabled)
-    }
-
-    /// Whether the server removes just what it is told to. Servers before that version may remove
-    /// all that begins so.
-    pub async fn deletes_exactly(&self) -> bool {
-        let ask = async || {
-            let url = self.access.address.version().ok_or(())?;
-            let build = |client: &Client| client.get(&url);
-            let answer = self.access.send(&url, self.access.patience, build).await;
-            let text = timeout(self.access.patience, answer.map_err(drop)?.text()).await;
-            let text = text.map_err(drop)?.map_err(drop)?;
-            Ok::<_, ()>(is_exact(&text).unwrap_or_default())
-        };
-        let exactly = self.deletes_exactly.get_or_try_init(ask).await;
-        exactly.copied().unwrap_or_default()
     }
 
     /// Where the store behind the server has an object, if it can be asked.
@@ -491,17 +471,6 @@ impl Ranged {
     }
 }
 
-/// Whether MLflow of this version removes just what it is told to.
-fn is_exact(version: &str) -> Option<bool> {
-    let mut numbers = version
-        .trim()
-        .trim_matches('"')
-        .split('.')
-        .map(str::parse::<u32>);
-    let (major, minor) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
-    Some((major, minor) >= DELETES_EXACTLY)
-}
-
 /// The bytes and the size that `Content-Range` tells of.
 fn content_range(text: &str) -> Option<(Range<u64>, u64)> {
     let (range, size) = text.strip_prefix("bytes ")?.split_once('/')?;
@@ -526,16 +495,7 @@ fn beyond(object: &str, at: u64, size: u64) -> StoreError {
 
 #[cfg(test)]
 mod tests {
-    use super::{content_range, is_exact};
-
-    #[test]
-    fn versions_before_the_first_that_is_known_to_remove_exactly_may_not() {
-        assert_eq!(is_exact("3.17.2\n"), Some(true));
-        assert_eq!(is_exact("4.0.0rc1"), Some(true));
-        assert_eq!(is_exact("3.9.0"), Some(false));
-        assert_eq!(is_exact("2.22.1"), Some(false));
-        assert_eq!(is_exact("<html>"), None);
-    }
+    use super::content_range;
 
     #[test]
     fn a_content_range_is_taken_only_whole() {

@@ -22,15 +22,26 @@ pub(super) struct Progress {
     pub sent: AtomicU64,
     /// It is the body that is waited for, not the server.
     pub waiting: AtomicBool,
+    /// There is no more of it.
+    pub ended: AtomicBool,
 }
 
 impl Progress {
-    /// Waits for the answer to a request with a body of `size` bytes, until nothing of it has moved for
+    /// Whether all of a body has gone, of `size` bytes if that is known.
+    pub fn is_whole(&self, size: Option<u64>) -> bool {
+        match size {
+            // Nobody asks for more.
+            Some(size) => self.sent.load(Ordering::Relaxed) >= size,
+            None => self.ended.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Waits for the answer to a request with a body, of `size` bytes if that is known, until nothing of it has moved for
     /// `patience`, or no answer has come for longer than a server may need.
     pub async fn watch<T>(
         &self,
         object: &str,
-        size: u64,
+        size: Option<u64>,
         patience: Duration,
         sent: impl Future<Output = Result<T, Failed>>,
     ) -> Result<T, Failed> {
@@ -46,7 +57,7 @@ impl Progress {
                 moved = (bytes, Instant::now());
             }
             let waiting = self.waiting.load(Ordering::Relaxed);
-            let patience = match bytes < size && !waiting {
+            let patience = match !self.is_whole(size) && !waiting {
                 true => patience,
                 false => ANSWER.max(patience),
             };

@@ -47,7 +47,7 @@ pub(super) struct Upload<'a> {
 }
 
 impl Upload<'_> {
-    /// Sends a body until the server has all of it.
+    /// Sends a body until the server has all of it; one that is still being written once.
     ///
     /// # Errors
     /// The body's; the server's.
@@ -71,19 +71,22 @@ impl Upload<'_> {
             if let Some(error) = sending.broken.lock().take() {
                 return Err(error);
             }
+            let sent = sending.progress.sent.load(Ordering::Relaxed);
+            let size = body.size().unwrap_or(sent);
             let failed = match outcome {
-                Ok(_) => return self.verify(key, object, body.size()).await,
+                Ok(_) => return self.verify(key, object, size).await,
                 // Nothing can be missing where something is put: the store behind the server lost its
                 // way, as SeaweedFS does once in a while.
                 Err(failed) if failed.is(404) => failed.passing(object),
                 Err(failed) => failed,
             };
-            if failed.is_passing() && self.has_taken(key, object, body.size(), &sending).await {
+            let whole = sending.progress.is_whole(body.size());
+            if failed.is_passing() && whole && self.has_taken(key, object, size, &sending).await {
                 tracing::info!(object = &**object, error = %failed.error,
                     "it is stored, whatever was answered");
-                return Ok(stored(body.size()));
+                return Ok(stored(size));
             }
-            if attempt >= failed.most.min(ATTEMPTS) {
+            if attempt >= failed.most.min(ATTEMPTS) || body.size().is_none() {
                 return Err(failed.error);
             }
             failed.pause(attempt).await;
@@ -105,7 +108,9 @@ impl Upload<'_> {
         let in_chunks = self.access.takes_halves(object).await?;
         let build = |client: &Client| -> RequestBuilder {
             let mut request = client.put(&url);
-            if !in_chunks {
+            if let Some(size) = size
+                && !in_chunks
+            {
                 // So that a proxy that takes no body of that size says so before it is sent.
                 request = request.header(CONTENT_LENGTH, size);
             }
@@ -136,6 +141,8 @@ impl Upload<'_> {
                     waiting.store(true, Ordering::Relaxed);
                     let next = frames.next().await;
                     waiting.store(false, Ordering::Relaxed);
+                    let ended = &sending.progress.ended;
+                    ended.store(next.is_none(), Ordering::Relaxed);
                     next.map(|next| (next, frames))
                 }
             },
@@ -167,9 +174,6 @@ impl Upload<'_> {
 
     /// Whether the server has this very body, though it did not say so.
     async fn has_taken(&self, key: &str, object: &Arc<str>, size: u64, sending: &Sending) -> bool {
-        if sending.progress.sent.load(Ordering::Relaxed) < size {
-            return false;
-        }
         let crc32c = *sending.crc32c.lock();
         self.is_made_of(key, object, &[Piece { size, crc32c }])
             .await
