@@ -192,3 +192,24 @@ fn a_mount_killed_while_it_sends_what_is_written_leaves_nothing_half() {
     assert!(!mount.at("large").exists());
     assert!(lab.tracking.artifacts().get(&key("large")).is_none());
 }
+
+#[test]
+fn a_close_that_takes_long_is_gone_on_with_by_the_next_mount() {
+    let lab = lab_that_streams(|it| it.holds_bodies = true);
+    let mount = mount(&lab);
+    let content = noise(30 * MIB);
+    let file = begin_sending(&lab, &mount, "large", &content);
+    harness::wait_until("a body", || lengths(&lab) == [None]);
+    let closing = std::thread::spawn(move || close(file));
+    harness::wait_until("the close to be in the journal", || {
+        lab.journals_of_closed_files() == 1
+    });
+    kill(&mount);
+    assert_ne!(closing.join().unwrap(), 0);
+    assert!(lab.tracking.artifacts().get(&key("large")).is_none());
+    lab.tracking.artifacts().behave(Behaviour::default());
+    let _next = self::mount(&lab);
+    harness::wait_until("the file to be stored", || {
+        (lab.tracking.artifacts().get(&key("large"))).is_some_and(|stored| stored == content)
+    });
+}

@@ -5,6 +5,7 @@ mod uploads;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -21,6 +22,8 @@ use serde_json::{Value, json};
 pub const ROUTES: &str = "/api/2.0/mlflow-artifacts/";
 /// Bytes of an answer that are sent at once.
 const FRAME: usize = 64 << 10;
+/// How often a body that is held looks whether it still is.
+const HOLD: Duration = Duration::from_millis(20);
 
 use uploads::Uploads;
 
@@ -39,6 +42,8 @@ pub struct Behaviour {
     pub after_storing: VecDeque<u16>,
     /// Answers to the next PUTs, which are not stored.
     pub instead_of_storing: VecDeque<u16>,
+    /// PUTs are not stored, nor answered, as long as this is so.
+    pub holds_bodies: bool,
     /// What it calls itself in the header `Server`.
     pub server: Option<&'static str>,
     /// Its version; 3.17 if not told. It removes all names that begin so before that.
@@ -263,6 +268,9 @@ impl Artifacts {
             {
                 return Err(broken());
             }
+        }
+        while self.behaviour.lock().holds_bodies {
+            tokio::time::sleep(HOLD).await;
         }
         let mut now = self.behaviour.lock();
         if let Some(status) = now.instead_of_storing.pop_front() {

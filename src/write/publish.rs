@@ -211,9 +211,13 @@ impl Draft {
         condition: Condition,
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
         let upload = self.upload().await?;
-        // Side by side; the file must be in the journal before the store has it under its name.
-        let (parts, ()) = tokio::join!(self.parts(size), self.record_close());
-        let Some(parts) = parts? else {
+        let parts = if target.store.capabilities().parts_expire {
+            self.recorded_unless_soon(self.parts(size)).await?
+        } else {
+            // Side by side; the file must be in the journal before the store has it under its name.
+            tokio::join!(self.parts(size), self.record_close()).0?
+        };
+        let Some(parts) = parts else {
             return Ok(None);
         };
         let unrecorded = {

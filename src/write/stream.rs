@@ -6,11 +6,9 @@
 //! of it, and the file is one PUT when it is closed, as all others are there.
 
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
-use tokio::time::sleep;
 
 use super::draft::Draft;
 use super::error::WriteError;
@@ -25,10 +23,6 @@ use crate::store::{Condition, LongBody, StoreError, StoreResult, Stored};
 /// Full chunks of which a file must have so many: one of a chunk or little more is soon sent when it is
 /// closed.
 const WORTH_FOLLOWING: usize = 2;
-/// Where the rest has gone by then, all of it need not be copied to disk for the next mount to find: that
-/// would take about as long for what fits into memory, from the same processors. Nobody has been told
-/// yet that the file is closed.
-const SOON: Duration = Duration::from_secs(5);
 /// Bytes of the head of a member of a zip container, up to its name.
 const ZIP_HEAD: u64 = 30;
 
@@ -101,16 +95,7 @@ impl Draft {
             return Ok(None);
         };
         stream.growing.end(pieces.into());
-        let recorded = async {
-            sleep(SOON).await;
-            self.record_close().await;
-            std::future::pending().await
-        };
-        // What is stored needs no journal.
-        let outcome = tokio::select! {
-            outcome = &mut stream.task => outcome,
-            never = recorded => never,
-        };
+        let outcome = self.recorded_unless_soon(&mut stream.task).await;
         match outcome {
             Ok(Ok(stored)) => Ok(Some((stored, versions))),
             Ok(Err(error)) => {
