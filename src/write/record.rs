@@ -24,7 +24,7 @@ const ATTEMPTS: usize = 4;
 
 /// What is all sent by then need not be copied to disk for the next mount to find: measured, that takes
 /// two or three times the processor time of sending it. Nobody has been told yet that it is closed.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(10);
 
 /// What the manifest of a file may do without that others write to meanwhile: it is to hold what was
 /// written before it was asked for, and newer bytes only where it happens to.
@@ -99,8 +99,8 @@ impl Draft {
         Ok(false)
     }
 
-    /// Sends what is closed, and writes it down as [`Self::record_close`] does if that takes longer than a
-    /// few seconds or fails: where no part that the store has taken is safe, all of it is copied to disk.
+    /// Sends what is closed, and writes it down as [`Self::record_close`] does if that takes longer than some
+    /// seconds or fails: where no part that the store has taken is safe, all of it is copied to disk.
     ///
     /// # Errors
     /// Those of `sending`.
