@@ -1,6 +1,7 @@
 """One file of 1 GiB written and read through mlfs and by MLflow's own client, on the same servers in
-the same run: two whose clients reach S3 or Azure by themselves, and two that proxy artifacts."""
+the same run: two whose clients reach S3 or Azure by themselves, and three that proxy artifacts."""
 
+import contextlib
 import os
 import pathlib
 import statistics
@@ -12,6 +13,7 @@ TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP / "tests" / "savers"))
 
 from machine import Processors, drop_caches, touch_memory  # noqa: E402
+from server import BUCKET, PREFIX, Server as InMemory  # noqa: E402
 from servers import Server  # noqa: E402
 
 MIB = 1 << 20
@@ -90,6 +92,25 @@ def write(server, source, index):
     return *client, *mlfs
 
 
+@contextlib.contextmanager
+def store(name):
+    """The store of a row that names one in memory: it leaves the processors to those who are measured,
+    and a connection carries what one to S3 does."""
+    if "in memory" not in name:
+        yield
+        return
+    usual = dict(os.environ)
+    server = InMemory("s3-like")
+    os.environ |= {"MLFLOW_S3_ENDPOINT_URL": server.endpoint, "AWS_ACCESS_KEY_ID": "lab",
+                   "AWS_SECRET_ACCESS_KEY": "lab", "AWS_DEFAULT_REGION": "us-east-1"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(usual)
+        server.stop()
+
+
 def measure(name, server, source):
     server.mount()
     rounds = [write(server, source, index) for index in range(ROUNDS)]
@@ -134,10 +155,11 @@ def main():
                   "wasbs://mlflow@devstoreaccount1.blob.core.windows.net/{}",
                   "--no-serve-artifacts")),
                 ("proxied, directory", ("--artifacts-destination", "{}/artifacts")),
-                ("proxied, S3", ("--artifacts-destination", "s3://mlflow/{}"))):
+                ("proxied, S3", ("--artifacts-destination", "s3://mlflow/{}")),
+                ("proxied, S3 in memory", ("--artifacts-destination", f"s3://{BUCKET}/{PREFIX}/{{}}"))):
             if sys.argv[1:] and name not in sys.argv[1:]:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, store(name):
                 place = folder if "directory" in name else os.path.basename(folder)
                 server = Server(pathlib.Path(folder), *(it.format(place) for it in how))
                 try:

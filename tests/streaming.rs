@@ -66,7 +66,9 @@ fn begin(lab: &Lab, mount: &Mount<'_>, name: &str, bytes: &[u8]) -> fs::File {
 /// `Content-Length` of the bodies that were sent.
 fn lengths(lab: &Lab) -> Vec<Option<String>> {
     let seen = lab.tracking.artifacts().seen("PUT").into_iter();
-    seen.map(|seen| seen.length).collect()
+    // Without those that ask what the route is.
+    let bodies = seen.filter(|seen| seen.path != "artifacts/a#b");
+    bodies.map(|seen| seen.length).collect()
 }
 
 #[test]
@@ -154,8 +156,9 @@ fn a_zip_container_whose_writer_comes_back_to_its_head_is_sent_when_it_is_closed
 fn a_server_that_does_not_take_a_body_as_it_comes_gets_it_when_the_file_is_closed() {
     let content = noise(30 * MIB);
     let length = Some((30 * MIB).to_string());
-    // By its version, or by a program before it, it might keep half a body, or none.
-    let silent: [fn(&mut Behaviour); 3] = [
+    // By its route, its version, or a program before it, it might keep half a body, or none.
+    let silent: [fn(&mut Behaviour); 4] = [
+        |it| it.older_route = true,
         |it| it.version = Some("3.14.2"),
         |it| it.server = Some("nginx"),
         |it| it.server = None,

@@ -46,6 +46,8 @@ pub struct Behaviour {
     pub holds_bodies: bool,
     /// What it calls itself in the header `Server`.
     pub server: Option<&'static str>,
+    /// Its route for uploads is the older one, which takes a body without a length for an empty one.
+    pub older_route: bool,
     /// Its version; 3.17 if not told. It removes all names that begin so before that.
     pub version: Option<&'static str>,
     /// Where the store behind the server is: objects are asked for there, by their paths.
@@ -151,6 +153,9 @@ impl Artifacts {
         let Some(key) = path.strip_prefix("artifacts/") else {
             return Ok(told(404, &json!({"detail": "Not Found"})));
         };
+        if key.contains('#') {
+            return Ok(refused_name(behaviour.older_route));
+        }
         match parts.method {
             Method::GET => Ok(self.object(key, header(RANGE), &behaviour)),
             Method::PUT => self.store(key, body, &behaviour).await,
@@ -281,6 +286,15 @@ impl Artifacts {
         self.put(key, bytes);
         Ok(told(status, &json!({})))
     }
+}
+
+/// As either route refuses a name, to the letter.
+fn refused_name(by_older_route: bool) -> Answer {
+    let space = if by_older_route { " " } else { "" };
+    let told = format!("{{\"error_code\":{space}\"INVALID_PARAMETER_VALUE\"}}");
+    let body = Full::from(told).map_err(|never| match never {});
+    let response = Response::builder().status(400).body(BoxBody::new(body));
+    response.unwrap_or_default()
 }
 
 fn broken() -> io::Error {

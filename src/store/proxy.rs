@@ -164,28 +164,31 @@ impl ProxyStore {
     }
 
     /// Asks, in the background, whether parts can go straight to the store behind the server, and
-    /// otherwise whether it takes what is still being written; unless that is known.
+    /// whether it takes what is still being written, as far as that is not known.
     fn learn(&self) {
-        if self.access.address.run.is_some() || !self.parts.are_to_be_asked_for() {
+        if self.access.address.run.is_some() {
             return;
         }
-        let (reading, parts) = (Arc::clone(&self.reading), Arc::clone(&self.parts));
-        let release = Arc::clone(&self.release);
-        tokio::spawn(async move {
-            if let Some(info) = reading.info().await {
-                parts.offer(info.multipart_uploads_enabled);
-                release.learn().await;
-            }
-        });
+        if self.parts.are_to_be_asked_for() {
+            let (reading, parts) = (Arc::clone(&self.reading), Arc::clone(&self.parts));
+            tokio::spawn(async move {
+                if let Some(info) = reading.info().await {
+                    parts.offer(info.multipart_uploads_enabled);
+                }
+            });
+        }
+        if self.release.is_to_be_asked() {
+            let release = Arc::clone(&self.release);
+            tokio::spawn(async move { release.learn().await });
+        }
     }
 
     async fn send(&self, key: &str, body: Arc<dyn LongBody>) -> StoreResult<Stored> {
         self.metrics.count(Request::Put);
         let grows = body.size().is_none();
         let outcome = self.upload().put(key, &self.object(key), &body).await;
-        // Not where the file was changed under it.
-        if grows && !matches!(outcome, Ok(_) | Err(StoreError::Changed { .. })) {
-            self.release.note_failed_stream();
+        if let (true, Err(error)) = (grows, &outcome) {
+            self.release.note_failed_stream(error);
         }
         outcome
     }

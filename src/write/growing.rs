@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -30,6 +31,12 @@ pub(super) enum Following {
     Ended,
 }
 
+impl Following {
+    pub fn is_under_way(&self) -> bool {
+        matches!(self, Self::Under(_))
+    }
+}
+
 /// A body on its way; whoever drops it breaks it off.
 #[derive(Debug)]
 pub(super) struct Stream {
@@ -40,6 +47,7 @@ pub(super) struct Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        self.growing.break_off();
         self.task.abort();
     }
 }
@@ -51,6 +59,8 @@ pub(super) struct Growing {
     gone: Mutex<Vec<Piece>>,
     /// All of the file, once that is known.
     whole: Mutex<Option<Arc<[Piece]>>>,
+    /// Nobody wants it any more.
+    broken_off: AtomicBool,
     /// Something came to it.
     pub woken: Notify,
 }
@@ -72,6 +82,16 @@ impl Growing {
     /// All of the file, if that is known.
     pub fn whole(&self) -> Option<Arc<[Piece]>> {
         self.whole.lock().clone()
+    }
+
+    /// Nothing more is to go: a request that was answered already may still ask for its body.
+    pub fn break_off(&self) {
+        self.broken_off.store(true, Ordering::Relaxed);
+        self.woken.notify_one();
+    }
+
+    pub fn is_broken_off(&self) -> bool {
+        self.broken_off.load(Ordering::Relaxed)
     }
 
     /// That is all of it.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::time::Instant;
 
 use super::chunk::Data;
 use super::draft::Draft;
@@ -211,8 +212,11 @@ impl Draft {
         condition: Condition,
     ) -> Result<Option<(Stored, Versions)>, WriteError> {
         let upload = self.upload().await?;
-        let parts = if target.store.capabilities().parts_expire {
-            self.recorded_unless_soon(self.parts(size)).await?
+        let begun_at = Instant::now();
+        let parts_expire = target.store.capabilities().parts_expire;
+        let parts = if parts_expire {
+            self.recorded_unless_soon(begun_at, self.parts(size))
+                .await?
         } else {
             // Side by side; the file must be in the journal before the store has it under its name.
             tokio::join!(self.parts(size), self.record_close()).0?
@@ -247,10 +251,13 @@ impl Draft {
             self.note_completing(size, etag, None);
             condition
         };
-        let stored = begun
+        let completed = begun
             .store
-            .complete_multipart(&begun.key, &upload.id, &receipts, condition)
-            .await?;
+            .complete_multipart(&begun.key, &upload.id, &receipts, condition);
+        let stored = match parts_expire {
+            true => self.recorded_unless_soon(begun_at, completed).await?,
+            false => completed.await?,
+        };
         self.state.lock().upload = None;
         if !renamed {
             return Ok(Some((stored, versions)));

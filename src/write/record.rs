@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 
 use super::chunk::{Chunk, Data, DiskCopy};
 use super::draft::Draft;
@@ -99,17 +99,18 @@ impl Draft {
         Ok(false)
     }
 
-    /// Sends what is closed, and writes it down as [`Self::record_close`] does if that takes longer than some
-    /// seconds or fails: where no part that the store has taken is safe, all of it is copied to disk.
+    /// Sends what is closed, and writes it down as [`Self::record_close`] does some seconds `since` then, or
+    /// when it fails: where no part that the store has taken is safe, all of it is copied to disk.
     ///
     /// # Errors
     /// Those of `sending`.
     pub(super) async fn recorded_unless_soon<T, E>(
         self: &Arc<Self>,
+        since: Instant,
         sending: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let recorded = async {
-            sleep(SOON).await;
+            sleep_until(since + SOON).await;
             self.record_close().await;
             std::future::pending().await
         };

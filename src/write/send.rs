@@ -8,6 +8,7 @@ use bytes::Bytes;
 use super::chunk::{Data, Sent};
 use super::draft::Draft;
 use super::error::WriteError;
+use super::growing::Following;
 use super::journal::{Part, Record};
 use super::spill::SpillFile;
 use super::state::{State, Upload};
@@ -92,10 +93,14 @@ impl Draft {
         let capabilities = state.target.store.capabilities();
         if !capabilities.multipart {
             // It is one PUT, which may begin while it is written.
-            if capabilities.streams {
+            if capabilities.streams || state.following.is_under_way() {
                 self.follow(state);
             }
             return;
+        }
+        if state.following.is_under_way() {
+            // By now there are parts.
+            state.following = Following::Ended;
         }
         if !state.queued.insert(index) {
             return;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
+use tokio::time::Instant;
 
 use super::draft::Draft;
 use super::error::WriteError;
@@ -16,7 +17,6 @@ use super::growing::{Following, Growing, Piece, Stream};
 use super::publish::Versions;
 use super::state::{State, Step};
 use super::target::Target;
-use super::whole::Broken;
 use crate::budget::Reservation;
 use crate::store::{Condition, LongBody, StoreError, StoreResult, Stored};
 
@@ -53,7 +53,10 @@ impl Draft {
                 let to = target.clone();
                 let task = self.writer.runtime.spawn(async move {
                     let _permits = permits;
-                    to.store.put_long(&to.key, body, Condition::Always).await
+                    let put = to.store.put_long(&to.key, body.clone(), Condition::Always);
+                    let outcome = put.await;
+                    body.growing.break_off();
+                    outcome
                 });
                 tracing::debug!(object = target.object(), "sent while it is written");
                 state.following = Following::Under(Stream {
@@ -95,15 +98,17 @@ impl Draft {
             return Ok(None);
         };
         stream.growing.end(pieces.into());
-        let outcome = self.recorded_unless_soon(&mut stream.task).await;
-        match outcome {
-            Ok(Ok(stored)) => Ok(Some((stored, versions))),
-            Ok(Err(error)) => {
-                tracing::debug!(object = target.object(), %error, "to be sent again, whole");
-                Ok(None)
-            }
-            Err(error) => Err(super::send::task_lost(self, &error)),
-        }
+        let task = &mut stream.task;
+        let sent = async move { task.await.map_err(|error| error.to_string()) };
+        let outcome = self.recorded_unless_soon(Instant::now(), sent).await;
+        let error = match outcome {
+            Ok(Ok(stored)) if stored.size == size => return Ok(Some((stored, versions))),
+            Ok(Ok(stored)) => format!("{} bytes stored of {size}", stored.size),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error,
+        };
+        tracing::debug!(object = target.object(), error, "to be sent again, whole");
+        Ok(None)
     }
 }
 
@@ -134,6 +139,7 @@ impl State {
             && !self.target.looks_temporary()
             && self.condition() == Condition::Always
             && self.whole_chunks() >= WORTH_FOLLOWING
+            && self.is_full_before(self.geometry.range(0).end)
             && !self.begins_with_unfinished_member()
     }
 
@@ -155,7 +161,8 @@ impl Body {
     /// Piece `at`, once it is there; `None` at the end.
     async fn next(&self, at: usize) -> StoreResult<Option<(Bytes, Option<Reservation>)>> {
         loop {
-            let Some(draft) = self.draft.upgrade() else {
+            let draft = self.draft.upgrade();
+            let Some(draft) = draft.filter(|_| !self.growing.is_broken_off()) else {
                 return Err(changed(String::new()));
             };
             let object = draft.target().object();
@@ -178,13 +185,8 @@ impl Body {
                 self.growing.woken.notified().await;
                 continue;
             };
-            let got = draft.piece(&piece).await.map_err(|reason| match reason {
-                Broken::Changed => changed(object),
-                Broken::Error(error) => StoreError::Other {
-                    object,
-                    detail: error.to_string(),
-                },
-            })?;
+            // What its disk says is told when the file is sent as a whole.
+            let got = draft.piece(&piece).await.map_err(|_| changed(object))?;
             self.growing.note_gone(piece);
             return Ok(Some(got));
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use super::draft::Draft;
 use super::error::WriteError;
@@ -51,7 +52,7 @@ impl Draft {
         if followed.is_some() {
             return Ok(followed);
         }
-        let _permit = self.permit().await?;
+        let _permit = (self.recorded_unless_soon(Instant::now(), self.permit())).await?;
         let Some(pieces) = self.pieces(size).await? else {
             return Ok(None);
         };

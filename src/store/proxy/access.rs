@@ -70,6 +70,8 @@ pub(super) struct Failed {
     pub most: u32,
     /// The beginning of what was said.
     told: String,
+    /// The beginning of it as it came.
+    pub body: Vec<u8>,
     /// The pause that the server asks for.
     pub pause: Option<Duration>,
     /// No connection could be made.
@@ -243,6 +245,7 @@ impl Failed {
             status: None,
             most: 1,
             told: String::new(),
+            body: Vec::new(),
             pause: None,
             unreachable: false,
         }
@@ -257,6 +260,7 @@ impl Failed {
             status: None,
             most: ATTEMPTS,
             told: String::new(),
+            body: Vec::new(),
             pause: None,
             unreachable: error.is_connect(),
         }
@@ -271,6 +275,7 @@ impl Failed {
             status: None,
             most: SLOW_ATTEMPTS,
             told: String::new(),
+            body: Vec::new(),
             pause: None,
             unreachable: false,
         }
@@ -295,6 +300,7 @@ impl Failed {
                 _ => 1,
             },
             told: excerpt(&body),
+            body,
             pause,
             unreachable: false,
         }

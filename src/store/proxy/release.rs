@@ -5,28 +5,41 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use reqwest::Client;
+use reqwest::header::CONTENT_LENGTH;
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use super::access::{Access, Program};
+use crate::store::StoreError;
 
 /// Major and minor number.
 type Version = (u32, u32);
 
 /// The first that is known to.
 const DELETES_EXACTLY: Version = (3, 17);
-/// The first whose route for uploads is handed a body as it comes, under uvicorn. Those before it take
-/// one without a length for an empty one.
+/// The first whose own route for uploads, under uvicorn, is handed a body as it comes. The route of those
+/// before it, and of plugins that go on having it, takes a body without a length for an empty one.
 const STREAMS: Version = (3, 15);
+/// A name that both routes refuse before they look at anything else.
+const REFUSED_NAME: &str = "a#b";
+/// How the route that streams begins such a refusal: the other one has a space there.
+const REFUSAL: &[u8] = b"{\"error_code\":\"";
 /// For so long no body is begun before its end is known when one was not taken.
 const REFUSED_FOR: Duration = Duration::from_secs(300);
+/// What was learnt is asked again after that, and counts for twice as long: another release may have
+/// taken the place of the one that answered.
+const ASKED_EVERY: Duration = Duration::from_secs(120);
 
 /// What one server runs.
 #[derive(Debug)]
 pub(super) struct Release {
     access: Access,
     version: OnceCell<Option<Version>>,
-    streams: AtomicBool,
+    /// When the server was asked last, and when it said that it takes bodies as they come.
+    asked: Mutex<Option<Instant>>,
+    streams: Mutex<Option<Instant>>,
+    /// It took one, and made something else of it.
+    spoils: AtomicBool,
     /// A body without a length was not taken.
     refused: Mutex<Option<Instant>>,
 }
@@ -36,7 +49,9 @@ impl Release {
         Self {
             access,
             version: OnceCell::new(),
-            streams: AtomicBool::new(false),
+            asked: Mutex::default(),
+            streams: Mutex::default(),
+            spoils: AtomicBool::new(false),
             refused: Mutex::default(),
         }
     }
@@ -61,32 +76,65 @@ impl Release {
             .is_some_and(|version| version >= DELETES_EXACTLY)
     }
 
+    /// Whether the server is to be asked now what it takes.
+    pub fn is_to_be_asked(&self) -> bool {
+        let mut asked = self.asked.lock();
+        if is_within(*asked, ASKED_EVERY) {
+            return false;
+        }
+        *asked = Some(Instant::now());
+        true
+    }
+
     /// Asks what [`Self::streams`] tells.
     pub async fn learn(&self) {
-        let version = self.version().await;
-        let streams = version.is_some_and(|version| version >= STREAMS);
-        // Another program's name is a proxy's, which may keep a body until it has all of it, and would
-        // pass on what broke off.
-        let direct = self.access.program() == Some(Program::Uvicorn);
-        let streams = streams && direct;
-        if streams && !self.streams.swap(true, Ordering::Relaxed) {
+        let streams = self.takes_bodies_as_they_come().await;
+        let learnt = streams.then(Instant::now);
+        let known = std::mem::replace(&mut *self.streams.lock(), learnt);
+        if streams && known.is_none() {
             let server = &self.access.address.base;
             tracing::info!(server, "it takes files while they are written");
         }
     }
 
+    async fn takes_bodies_as_they_come(&self) -> bool {
+        if self.version().await.is_none_or(|version| version < STREAMS) {
+            return false;
+        }
+        // Another program's name is a proxy's, which may keep a body until it has all of it, and would
+        // pass on what broke off.
+        if self.access.program() != Some(Program::Uvicorn) {
+            return false;
+        }
+        let url = self.access.address.object(REFUSED_NAME);
+        let build = |client: &Client| client.put(&url).header(CONTENT_LENGTH, 0);
+        let answer = self.access.attempt(&url, self.access.patience, build).await;
+        answer.is_err_and(|failed| failed.is(400) && failed.body.starts_with(REFUSAL))
+    }
+
     /// Whether the server takes a body whose end is not known yet, and keeps nothing of one that breaks
     /// off; false as long as it has not been asked.
     pub fn streams(&self) -> bool {
-        let refused = *self.refused.lock();
-        let refused = refused.is_some_and(|refused| refused.elapsed() < REFUSED_FOR);
-        self.streams.load(Ordering::Relaxed) && !refused
+        is_within(*self.streams.lock(), 2 * ASKED_EVERY)
+            && !is_within(*self.refused.lock(), REFUSED_FOR)
+            && !self.spoils.load(Ordering::Relaxed)
     }
 
-    /// Such a body was not taken after all.
-    pub fn note_failed_stream(&self) {
-        *self.refused.lock() = Some(Instant::now());
+    /// Such a body came to nothing for this reason.
+    pub fn note_failed_stream(&self, error: &StoreError) {
+        match error {
+            StoreError::Corrupt { .. } => self.spoils.store(true, Ordering::Relaxed),
+            StoreError::Unsupported { .. }
+            | StoreError::InvalidName { .. }
+            | StoreError::Other { .. } => *self.refused.lock() = Some(Instant::now()),
+            // Not for what it was.
+            _ => {}
+        }
     }
+}
+
+fn is_within(since: Option<Instant>, time: Duration) -> bool {
+    since.is_some_and(|since| since.elapsed() < time)
 }
 
 fn parsed(version: &str) -> Option<Version> {

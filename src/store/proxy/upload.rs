@@ -74,6 +74,13 @@ impl Upload<'_> {
             let sent = sending.progress.sent.load(Ordering::Relaxed);
             let size = body.size().unwrap_or(sent);
             let failed = match outcome {
+                // All of it is stored only when all of it has gone.
+                Ok(_) if !sending.progress.is_whole(body.size()) => {
+                    Failed::last(StoreError::Corrupt {
+                        object: object.to_string(),
+                        detail: "taken for whole before its end".to_owned(),
+                    })
+                }
                 Ok(_) => return self.verify(key, object, size).await,
                 // Nothing can be missing where something is put: the store behind the server lost its
                 // way, as SeaweedFS does once in a while.
