@@ -1,4 +1,4 @@
-//! Which release of MLflow a server runs, and what follows from that.
+//! Which release of MLflow a server runs, by which route it takes uploads, and what follows from that.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
