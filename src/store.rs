@@ -152,7 +152,8 @@ pub struct Stored {
 pub struct Capabilities {
     /// Objects in parts; where it is false, [`Store::put_long`] takes them.
     pub multipart: bool,
-    /// [`Store::put_long`] takes bodies that are still being written. It may cease to.
+    /// [`Store::put_long`] takes bodies that are still being written. It may cease to, and be false
+    /// until [`Store::learn_whether_it_streams`] was called.
     pub streams: bool,
     /// `copy` inside the store.
     pub copy: bool,
@@ -203,6 +204,10 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     fn accepts(&self, _key: &str) -> StoreResult<()> {
         Ok(())
     }
+
+    /// Asks the server whether it [streams](Capabilities::streams), where only it can tell, unless it
+    /// has told not long ago.
+    async fn learn_whether_it_streams(&self) {}
 
     /// Objects (and, with `delimited`, common prefixes up to `/`) whose keys start with `prefix`,
     /// in key order, from `start` on.

@@ -42,22 +42,14 @@ fn lab_that_streams(change: impl FnOnce(&mut Behaviour)) -> Lab {
     lab
 }
 
-/// Creates a file and writes to it once the mount knows that the server takes it as it comes.
+/// Creates a file and writes to it, until the mount knows that the server takes it as it comes.
 fn begin_sending(lab: &Lab, mount: &Mount<'_>, name: &str, bytes: &[u8]) -> fs::File {
-    assert!(!mount.at(name).exists());
+    let file = begin(mount, name, bytes);
     lab.expect_log("it takes files while they are written");
-    begin(lab, mount, name, bytes)
+    file
 }
 
-/// Creates a file and writes to it once the mount has asked for the server's version.
-fn begin(lab: &Lab, mount: &Mount<'_>, name: &str, bytes: &[u8]) -> fs::File {
-    assert!(!mount.at(name).exists());
-    harness::wait_until("the version", || {
-        lab.tracking
-            .requests()
-            .iter()
-            .any(|path| path == "/version")
-    });
+fn begin(mount: &Mount<'_>, name: &str, bytes: &[u8]) -> fs::File {
     let mut file = fs::File::create(mount.at(name)).unwrap();
     file.write_all(bytes).unwrap();
     file
@@ -146,10 +138,24 @@ fn a_zip_container_whose_writer_comes_back_to_its_head_is_sent_when_it_is_closed
     let mut content = noise(30 * MIB);
     content[..30].fill(0);
     content[..4].copy_from_slice(b"PK\x03\x04");
-    let file = begin_sending(&lab, &mount, "arrays.npz", &content);
+    let other = begin_sending(&lab, &mount, "other", &noise(30 * MIB));
+    assert_eq!(close(other), 0);
+    let file = begin(&mount, "arrays.npz", &content);
     file.write_all_at(b"\x01\x02\x03\x04", 14).unwrap();
     assert_eq!(close(file), 0);
-    assert_eq!(lengths(&lab), [Some((30 * MIB).to_string())]);
+    assert_eq!(lengths(&lab), [None, Some((30 * MIB).to_string())]);
+}
+
+#[test]
+fn a_mount_that_only_reads_or_writes_little_asks_no_server_what_it_takes() {
+    let lab = lab_that_streams(|_| ());
+    let mount = mount(&lab);
+    let content = noise(9 * MIB);
+    assert_eq!(write(mount.at("little"), &content), 0);
+    assert!(fs::read(mount.at("little")).unwrap() == content);
+    assert_eq!(fs::read_dir(mount.at("")).unwrap().count(), 1);
+    mount.unmount();
+    assert_eq!(lab.tracking.artifacts().seen("PUT").len(), 1);
 }
 
 #[test]
@@ -166,7 +172,8 @@ fn a_server_that_does_not_take_a_body_as_it_comes_gets_it_when_the_file_is_close
     for change in silent {
         let lab = lab_that_streams(change);
         let mount = mount(&lab);
-        let file = begin(&lab, &mount, "large", &content);
+        let file = begin(&mount, "large", &content);
+        lab.expect_log("it takes files when they are closed");
         assert_eq!(close(file), 0);
         assert_eq!(lengths(&lab), std::slice::from_ref(&length));
     }

@@ -177,10 +177,6 @@ impl ProxyStore {
                 }
             });
         }
-        if self.release.is_to_be_asked() {
-            let release = Arc::clone(&self.release);
-            tokio::spawn(async move { release.learn().await });
-        }
     }
 
     async fn send(&self, key: &str, body: Arc<dyn LongBody>) -> StoreResult<Stored> {
@@ -288,6 +284,10 @@ impl Store for ProxyStore {
 
     fn accepts(&self, key: &str) -> StoreResult<()> {
         check_name(&self.object(key), key)
+    }
+
+    async fn learn_whether_it_streams(&self) {
+        self.release.learn().await;
     }
 
     async fn list(

@@ -93,9 +93,7 @@ impl Draft {
         let capabilities = state.target.store.capabilities();
         if !capabilities.multipart {
             // It is one PUT, which may begin while it is written.
-            if capabilities.streams || state.following.is_under_way() {
-                self.follow(state);
-            }
+            self.follow(state);
             return;
         }
         if state.following.is_under_way() {

@@ -39,7 +39,21 @@ impl Draft {
     pub(super) fn follow(self: &Arc<Self>, state: &mut State) {
         match &state.following {
             Following::Under(stream) => stream.growing.woken.notify_one(),
-            Following::Not if state.can_be_followed() => {
+            Following::Not if !state.can_be_followed() => {}
+            Following::Not if !state.target.store.capabilities().streams => {
+                let store = Arc::clone(&state.target.store);
+                let draft = Arc::downgrade(self);
+                self.writer.runtime.spawn(async move {
+                    store.learn_whether_it_streams().await;
+                    let capabilities = store.capabilities();
+                    let takes_it = capabilities.streams && !capabilities.multipart;
+                    let draft = draft.upgrade().filter(|_| takes_it);
+                    if let Some(draft) = draft {
+                        draft.follow(&mut draft.state.lock());
+                    }
+                });
+            }
+            Following::Not => {
                 let permits = self.writer.try_permit_to_follow();
                 let Some(permits) = permits else {
                     return;
@@ -65,7 +79,7 @@ impl Draft {
                     task,
                 });
             }
-            Following::Not | Following::Ended => {}
+            Following::Ended => {}
         }
     }
 

@@ -26,18 +26,18 @@ const REFUSED_NAME: &str = "a#b";
 const REFUSAL: &[u8] = b"{\"error_code\":\"";
 /// For so long no body is begun before its end is known when one was not taken.
 const REFUSED_FOR: Duration = Duration::from_secs(300);
-/// What was learnt is asked again after that, and counts for twice as long: another release may have
-/// taken the place of the one that answered.
-const ASKED_EVERY: Duration = Duration::from_secs(120);
+/// So long what was learnt counts: another release may take the place of the one that answered.
+const KNOWN_FOR: Duration = Duration::from_secs(120);
 
 /// What one server runs.
 #[derive(Debug)]
 pub(super) struct Release {
     access: Access,
     version: OnceCell<Option<Version>>,
-    /// When the server was asked last, and when it said that it takes bodies as they come.
-    asked: Mutex<Option<Instant>>,
-    streams: Mutex<Option<Instant>>,
+    /// Whether it takes bodies as they come, and when it was asked.
+    streams: Mutex<Option<(Instant, bool)>>,
+    /// Held by who asks that.
+    asking: tokio::sync::Mutex<()>,
     /// It took one, and made something else of it.
     spoils: AtomicBool,
     /// A body without a length was not taken.
@@ -49,8 +49,8 @@ impl Release {
         Self {
             access,
             version: OnceCell::new(),
-            asked: Mutex::default(),
             streams: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
             spoils: AtomicBool::new(false),
             refused: Mutex::default(),
         }
@@ -76,24 +76,26 @@ impl Release {
             .is_some_and(|version| version >= DELETES_EXACTLY)
     }
 
-    /// Whether the server is to be asked now what it takes.
-    pub fn is_to_be_asked(&self) -> bool {
-        let mut asked = self.asked.lock();
-        if is_within(*asked, ASKED_EVERY) {
-            return false;
-        }
-        *asked = Some(Instant::now());
-        true
-    }
-
-    /// Asks what [`Self::streams`] tells.
+    /// Asks what [`Self::streams`] tells, unless it is known.
     pub async fn learn(&self) {
+        let _asking = self.asking.lock().await;
+        let before = *self.streams.lock();
+        if before.is_some_and(|(asked, _)| asked.elapsed() < KNOWN_FOR) || self.has_refused() {
+            return;
+        }
         let streams = self.takes_bodies_as_they_come().await;
-        let learnt = streams.then(Instant::now);
-        let known = std::mem::replace(&mut *self.streams.lock(), learnt);
-        if streams && known.is_none() {
+        *self.streams.lock() = Some((Instant::now(), streams));
+        if before.is_none_or(|(_, before)| before != streams) {
             let server = &self.access.address.base;
-            tracing::info!(server, "it takes files while they are written");
+            tracing::info!(
+                server,
+                "it takes files {}",
+                if streams {
+                    "while they are written"
+                } else {
+                    "when they are closed"
+                }
+            );
         }
     }
 
@@ -115,9 +117,16 @@ impl Release {
     /// Whether the server takes a body whose end is not known yet, and keeps nothing of one that breaks
     /// off; false as long as it has not been asked.
     pub fn streams(&self) -> bool {
-        is_within(*self.streams.lock(), 2 * ASKED_EVERY)
-            && !is_within(*self.refused.lock(), REFUSED_FOR)
-            && !self.spoils.load(Ordering::Relaxed)
+        let known = *self.streams.lock();
+        known.is_some_and(|(asked, streams)| streams && asked.elapsed() < KNOWN_FOR)
+            && !self.has_refused()
+    }
+
+    /// Whether it did not take such a body, although it said it would, and is left alone with that.
+    fn has_refused(&self) -> bool {
+        let refused = *self.refused.lock();
+        refused.is_some_and(|since| since.elapsed() < REFUSED_FOR)
+            || self.spoils.load(Ordering::Relaxed)
     }
 
     /// Such a body came to nothing for this reason.
@@ -131,10 +140,6 @@ impl Release {
             _ => {}
         }
     }
-}
-
-fn is_within(since: Option<Instant>, time: Duration) -> bool {
-    since.is_some_and(|since| since.elapsed() < time)
 }
 
 fn parsed(version: &str) -> Option<Version> {
