@@ -195,10 +195,12 @@ class LoadFile(Row):
     SIZE = 2 << 30
     unit = "MiB/s, safetensors' load_file of 2 GiB in 32 tensors"
 
+    def before(self, mount, server, size):
+        self.in_memory = self.local()
+
     def mount(self, mount, server, size):
         rate = self.load(mount.path / "load.safetensors")
-        drop_caches()
-        return Outcome(rate, self.SIZE, f"{rate / self.local():.2f} x a file in memory")
+        return Outcome(rate, self.SIZE, f"{rate / self.in_memory:.2f} x a file in memory")
 
     def load(self, path):
         from safetensors.numpy import load_file
