@@ -249,9 +249,9 @@ fn the_kernel_reads_further_ahead_in_files_with_parts_and_in_those_that_are_whol
         assert_eq!(now.trim(), expected, "{name}");
     };
     let mount = lab.mount();
-    check(&mount, "model.safetensors", "384");
+    check(&mount, "model.safetensors", "256");
     check(&mount, "plain", "128");
-    check(&mount, "not-one.npz", "384");
+    check(&mount, "not-one.npz", "256");
     // It is not what its name says, which is known to whoever has it open.
     let mut open = fs::File::open(mount.at("not-one.npz")).unwrap();
     assert_eq!(open.read_to_end(&mut Vec::new()).unwrap(), 3 << 20);

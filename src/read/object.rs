@@ -31,9 +31,8 @@ const WHOLE_OBJECT: u64 = 512 * 1024;
 const BEGINNING: u64 = 2 << 20;
 /// The kernel's page, bytes.
 const PAGE: u64 = 4096;
-/// The kernel reads around the first page of a tensor that is touched, half of its readahead to each
-/// side, bytes.
-const EDGE: u64 = 192 << 10;
+/// The kernel reads around the first page of a tensor that is touched, this far to each side, bytes.
+const EDGE: u64 = 128 << 10;
 /// A prefetch that failed is repeated by each reader that needs it, this often.
 const ATTEMPTS: usize = 2;
 
