@@ -41,17 +41,7 @@ impl Draft {
             Following::Under(stream) => stream.growing.woken.notify_one(),
             Following::Not if !state.can_be_followed() => {}
             Following::Not if !state.target.store.capabilities().streams => {
-                let store = Arc::clone(&state.target.store);
-                let draft = Arc::downgrade(self);
-                self.writer.runtime.spawn(async move {
-                    store.learn_whether_it_streams().await;
-                    let capabilities = store.capabilities();
-                    let takes_it = capabilities.streams && !capabilities.multipart;
-                    let draft = draft.upgrade().filter(|_| takes_it);
-                    if let Some(draft) = draft {
-                        draft.follow(&mut draft.state.lock());
-                    }
-                });
+                self.follow_once_it_is_known(state);
             }
             Following::Not => {
                 let permits = self.writer.try_permit_to_follow();
@@ -81,6 +71,20 @@ impl Draft {
             }
             Following::Ended => {}
         }
+    }
+
+    /// Asks whether the store takes the file while it is written, and sends it so if it does.
+    fn follow_once_it_is_known(self: &Arc<Self>, state: &State) {
+        let store = Arc::clone(&state.target.store);
+        let draft = Arc::downgrade(self);
+        self.writer.runtime.spawn(async move {
+            store.learn_whether_it_streams().await;
+            let capabilities = store.capabilities();
+            let takes_it = capabilities.streams && !capabilities.multipart;
+            if let Some(draft) = draft.upgrade().filter(|_| takes_it) {
+                draft.follow(&mut draft.state.lock());
+            }
+        });
     }
 
     /// Ends the body that has followed the file, if there is one and it is of the file as it is now:

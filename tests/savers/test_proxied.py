@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from models import MIB, SMALL, check_what_is_saved
-from servers import Server, expect_log, wait_until
+from servers import Server, wait_until
 
 
 @pytest.fixture(scope="module", params=["directory", "s3", "azure"])

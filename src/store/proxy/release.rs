@@ -87,15 +87,12 @@ impl Release {
         *self.streams.lock() = Some((Instant::now(), streams));
         if before.is_none_or(|(_, before)| before != streams) {
             let server = &self.access.address.base;
-            tracing::info!(
-                server,
-                "it takes files {}",
-                if streams {
-                    "while they are written"
-                } else {
-                    "when they are closed"
-                }
-            );
+            let when = if streams {
+                "while they are written"
+            } else {
+                "when they are closed"
+            };
+            tracing::info!(server, "it takes files {when}");
         }
     }
 
