@@ -234,9 +234,10 @@ fn readahead(mount: &Mount<'_>) -> Option<PathBuf> {
 }
 
 #[test]
-fn the_kernel_reads_further_ahead_in_files_with_parts_and_in_those_that_are_whole_on_disk() {
+fn the_kernel_reads_further_ahead_in_files_with_tensors_and_in_those_that_are_whole_on_disk() {
     let lab = Lab::new();
-    for name in ["plain", "cached", "not-one.npz", "model.safetensors"] {
+    let names = ["plain", "cached", "container.npz", "not-one.gguf"];
+    for name in names.into_iter().chain(["model.safetensors"]) {
         lab.put(name, noise(3 << 20));
     }
     let check = |mount: &Mount<'_>, name: &str, expected: &str| {
@@ -250,12 +251,13 @@ fn the_kernel_reads_further_ahead_in_files_with_parts_and_in_those_that_are_whol
     };
     let mount = lab.mount();
     check(&mount, "model.safetensors", "256");
+    check(&mount, "container.npz", "128");
     check(&mount, "plain", "128");
-    check(&mount, "not-one.npz", "256");
+    check(&mount, "not-one.gguf", "256");
     // It is not what its name says, which is known to whoever has it open.
-    let mut open = fs::File::open(mount.at("not-one.npz")).unwrap();
+    let mut open = fs::File::open(mount.at("not-one.gguf")).unwrap();
     assert_eq!(open.read_to_end(&mut Vec::new()).unwrap(), 3 << 20);
-    check(&mount, "not-one.npz", "128");
+    check(&mount, "not-one.gguf", "128");
     drop((open, mount));
     let folder = lab.empty_folder();
     let mount = cached(&lab, &folder, &[]);

@@ -8,7 +8,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::oneshot;
 
 use super::block::{Block, BlockCache, Unread};
 use super::disk::Found;
@@ -31,73 +31,78 @@ pub(super) struct Origin<'a> {
     pub distance: &'a Distance,
 }
 
-/// How far a fetch is.
-#[derive(Clone, Debug)]
-enum Progress {
-    /// Blocks below this index are there.
-    Ready(u64),
-    Failed(StoreError),
-}
-
 /// A fetch on its way. Whoever waits for a block of it holds the fetch, and with it the blocks:
 /// the cache may evict them meanwhile, the waiter gets them all the same.
 #[derive(Debug)]
 pub(super) struct Fetch {
     /// Block indices.
     pub blocks: Range<u64>,
-    filled: Mutex<Vec<Arc<Block>>>,
-    progress: watch::Sender<Progress>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The blocks that are there: the first ones.
+    filled: Vec<Arc<Block>>,
+    failed: Option<StoreError>,
+    /// Who waits, each for the block of this index. Each is woken once: there may be dozens.
+    waiting: Vec<(u64, oneshot::Sender<StoreResult<()>>)>,
 }
 
 impl Fetch {
     pub fn new(blocks: Range<u64>) -> Arc<Self> {
-        let (progress, _) = watch::channel(Progress::Ready(blocks.start));
         Arc::new(Self {
             blocks,
-            filled: Mutex::new(Vec::new()),
-            progress,
+            state: Mutex::default(),
         })
     }
 
-    /// Waits for block `index`, which must be one of this fetch's.
-    pub async fn block(&self, index: u64) -> StoreResult<Arc<Block>> {
+    /// Waits until block `index`, which must be one of this fetch's, and all before it are there.
+    ///
+    /// # Errors
+    /// Why no more will come.
+    pub async fn until(&self, index: u64) -> StoreResult<()> {
         debug_assert!(self.blocks.contains(&index));
-        let mut progress = self.progress.subscribe();
-        loop {
-            match &*progress.borrow_and_update() {
-                Progress::Ready(until) if index < *until => break,
-                Progress::Ready(_) => {}
-                Progress::Failed(error) => return Err(error.clone()),
+        let came = {
+            let mut state = self.state.lock();
+            if index < self.blocks.start + state.filled.len() as u64 {
+                return Ok(());
             }
-            if progress.changed().await.is_err() {
-                break;
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
             }
-        }
-        let position = (index - self.blocks.start) as usize;
-        self.filled
-            .lock()
-            .get(position)
-            .cloned()
-            .ok_or_else(|| StoreError::Unavailable {
-                object: format!("block {index}"),
-                detail: "the fetch was given up".to_owned(),
-            })
+            let (sender, came) = oneshot::channel();
+            state.waiting.push((index, sender));
+            came
+        };
+        came.await.unwrap_or_else(|_| Err(given_up(index)))
+    }
+
+    /// Block `index`, if it is there.
+    pub fn block(&self, index: u64) -> Option<Arc<Block>> {
+        let position = index.checked_sub(self.blocks.start)? as usize;
+        self.state.lock().filled.get(position).cloned()
     }
 
     fn fill(&self, cache: &BlockCache, content: u64, block: Arc<Block>) {
-        let mut filled = self.filled.lock();
-        let index = self.blocks.start + filled.len() as u64;
-        filled.push(Arc::clone(&block));
-        drop(filled);
-        cache.insert(content, index, block);
-        self.progress
-            .send_modify(|progress| *progress = Progress::Ready(index + 1));
+        let index = self.blocks.start + self.state.lock().filled.len() as u64;
+        cache.insert(content, index, Arc::clone(&block));
+        let mut state = self.state.lock();
+        state.filled.push(block);
+        let came = state.waiting.extract_if(.., |(waits, _)| *waits <= index);
+        for (_, waiter) in came {
+            // Nobody may be waiting any more.
+            let _ = waiter.send(Ok(()));
+        }
     }
 
     /// Tells the waiters that no more will come.
     pub fn fail(&self, error: StoreError) {
-        self.progress
-            .send_modify(|progress| *progress = Progress::Failed(error));
+        let mut state = self.state.lock();
+        for (_, waiter) in state.waiting.drain(..) {
+            let _ = waiter.send(Err(error.clone()));
+        }
+        state.failed = Some(error);
     }
 
     /// Fills the blocks in order: from disk where it has them, else from the store as the bytes
@@ -158,8 +163,8 @@ impl Fetch {
     /// The blocks from `index` on, as far as they are there.
     fn filled_from(&self, index: u64) -> Vec<Arc<Block>> {
         let position = (index - self.blocks.start) as usize;
-        let filled = self.filled.lock();
-        filled.get(position..).unwrap_or_default().to_vec()
+        let state = self.state.lock();
+        state.filled.get(position..).unwrap_or_default().to_vec()
     }
 
     /// One ranged GET of whole blocks, the next to be filled.
@@ -241,6 +246,13 @@ pub(super) fn range_of(blocks: &Range<u64>, source: &Source) -> Range<u64> {
 
 pub(super) fn object_name(source: &Source) -> String {
     format!("{}/{}", source.store.name(), source.key)
+}
+
+fn given_up(index: u64) -> StoreError {
+    StoreError::Unavailable {
+        object: format!("block {index}"),
+        detail: "the fetch was given up".to_owned(),
+    }
 }
 
 fn too_long(source: &Source) -> StoreError {

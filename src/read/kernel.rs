@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use super::object::ObjectReader;
 
-/// Bytes of readahead in a file whose tensors or members are read as a whole. `load_file` takes 1.1
-/// times as long with the kernel's usual 128 KiB. More is faster still where the store takes its time
-/// (384 KiB: 1.2 times), but gets more of a tensor's neighbours: 1.25 MiB with one of 16 MiB. Other
-/// files are read at random, where the kernel fetches twice this much in vain.
-const IN_PARTS: u64 = 256 << 10;
+/// Bytes of readahead in a file whose tensors are read as a whole. `load_file` takes 1.1 times as long
+/// with the kernel's usual 128 KiB. More is faster still where the store takes its time (384 KiB: 1.2
+/// times), but gets more of a tensor's neighbours: 1.25 MiB with one of 16 MiB. torch has the kernel
+/// double it for what it maps. Other files are read at random, where the kernel fetches twice this much
+/// in vain.
+const IN_TENSORS: u64 = 256 << 10;
 /// Bytes of readahead in a file that is whole on local disk, where too much costs no request.
 const ON_DISK: u64 = 1 << 20;
 
@@ -33,6 +34,6 @@ impl ObjectReader {
         if cached.is_some_and(|cached| cached.is_whole()) {
             return Some(ON_DISK);
         }
-        self.has_parts().then_some(IN_PARTS)
+        self.has_tensors().then_some(IN_TENSORS)
     }
 }

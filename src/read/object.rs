@@ -1,5 +1,7 @@
 //! One version of one object, and everybody who reads it.
 
+mod ahead;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,27 +14,15 @@ use super::block::{Block, Segments, Unread};
 use super::distance::Distance;
 use super::fetch::{Fetch, Origin, object_name};
 use super::look::Looking;
-use super::pattern::{Pattern, Strided};
+use super::pattern::Pattern;
 use super::plan::{Extents, Format, Plan};
 use super::{BLOCK_SIZE, Reader, Source};
 use crate::budget::{Class, Reservation};
 use crate::store::{StoreError, StoreResult};
 
-/// Bytes of one prefetch request at most: long enough that the time to the first byte does not
-/// matter on a connection of 90 MB/s, short enough that 16 of them fit a small budget.
-const REQUEST_SIZE: u64 = 8 << 20;
-/// Requests that overlap where the store is near.
-const NEAR_REQUESTS: u64 = 8;
 /// An object up to this size, bytes, is fetched whole at the first touch: its bytes cost less than
 /// a second round trip.
 const WHOLE_OBJECT: u64 = 512 * 1024;
-/// A read this close to the beginning of a tensor begins it, bytes: the C library copies each MiB of
-/// a mapping backwards, and the kernel reads ahead out of order.
-const BEGINNING: u64 = 2 << 20;
-/// The kernel's page, bytes.
-const PAGE: u64 = 4096;
-/// The kernel reads around the first page of a tensor that is touched, this far to each side, bytes.
-const EDGE: u64 = 128 << 10;
 /// A prefetch that failed is repeated by each reader that needs it, this often.
 const ATTEMPTS: usize = 2;
 
@@ -111,9 +101,13 @@ impl ObjectReader {
         })
     }
 
-    /// Whether it has tensors or members that are read as a whole, as far as is known.
-    pub(super) fn has_parts(&self) -> bool {
-        !matches!(self.state.lock().layout, Layout::Plain)
+    /// Whether it has tensors that are mapped and read as a whole, as far as is known. The members of
+    /// a container are mapped by torch alone, which has the kernel read twice as far ahead.
+    pub(super) fn has_tensors(&self) -> bool {
+        match self.state.lock().layout {
+            Layout::Unread(format, _) | Layout::Known(format, _) => format != Format::Zip,
+            Layout::Plain => false,
+        }
     }
 
     pub(super) fn distance(&self) -> &Distance {
@@ -225,16 +219,25 @@ impl ObjectReader {
         gathered: &Gathered,
         range: Range<u64>,
     ) -> Result<Segments, (u64, StoreError)> {
+        let wanted = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
+        // All of a small object is asked for, whatever of it is read.
+        let read = |fetch: &&Arc<Fetch>| {
+            fetch.blocks.start < wanted.end && wanted.start < fetch.blocks.end
+        };
+        for fetch in gathered.waiting.iter().filter(read) {
+            let last = fetch.blocks.end.min(wanted.end) - 1;
+            fetch.until(last).await.map_err(|error| (last, error))?;
+        }
         let mut segments = Segments::default();
         let mut there = gathered.there.iter().peekable();
-        for index in range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE) {
+        for index in wanted {
             while there.next_if(|(other, _)| *other < index).is_some() {}
             let block = match there.next_if(|(other, _)| *other == index) {
-                Some((_, block)) => Arc::clone(block),
-                None => {
-                    let fetched = self.fetched(gathered, index).await;
-                    fetched.map_err(|error| (index, error))?
-                }
+                Some((_, block)) => Some(Arc::clone(block)),
+                None => gathered.waiting.iter().find_map(|fetch| fetch.block(index)),
+            };
+            let Some(block) = block else {
+                unreachable!("every block is there or has come");
             };
             let start = index * BLOCK_SIZE;
             let from = range.start.max(start) - start;
@@ -242,18 +245,6 @@ impl ObjectReader {
             segments.push_block(&block, from..to);
         }
         Ok(segments)
-    }
-
-    /// A block that is on its way.
-    async fn fetched(&self, gathered: &Gathered, index: u64) -> StoreResult<Arc<Block>> {
-        if let Some(block) = self.reader.cache.get(self.content, index) {
-            return Ok(block);
-        }
-        let mut waiting = gathered.waiting.iter();
-        match waiting.find(|fetch| fetch.blocks.contains(&index)) {
-            Some(fetch) => fetch.block(index).await,
-            None => unreachable!("every block is there or on its way"),
-        }
     }
 
     /// Makes sure that every block of `blocks` is there or on its way; starts what is not.
@@ -376,168 +367,6 @@ impl ObjectReader {
                 fetch.fail(error);
             }
         });
-    }
-
-    /// Fetches ahead of the reader what the pattern and the format call for, as far as permits
-    /// and memory allow; never waits.
-    fn run_ahead(self: &Arc<Self>, thread: u32, read: Range<u64>) {
-        let mut state = self.state.lock();
-        // The kernel reads whole pages: the first byte of a read may still be a neighbour's.
-        let extent = match &state.layout {
-            Layout::Known(format, extents) => {
-                let extent = extents.containing(read.end - 1);
-                let looks = |extent: &Range<u64>| format.looks(&read, extent);
-                if extent.as_ref().is_some_and(looks) {
-                    return;
-                }
-                // Around the last page of a tensor that was begun, it begins no other. Elsewhere it
-                // may as well be around the first page of one.
-                let last = |it: &&Range<u64>| {
-                    read.start + PAGE < it.start && state.begun == Some(it.start)
-                };
-                let around = extent.as_ref().filter(last);
-                around
-                    .and_then(|_| extents.containing(read.start))
-                    .or(extent)
-            }
-            _ => None,
-        };
-        let bound = extent.as_ref().map_or(self.size, |extent| extent.end);
-        let wasted = state.wasted.swap(0, Ordering::Relaxed);
-        if state.pattern.note_waste(&read, wasted) {
-            // What was fetched before the cut says nothing of the windows after it.
-            state.wasted = Arc::default();
-        }
-        let maximum = self.maximum_window().min(state.pattern.limit());
-        let inside = extent.clone().unwrap_or(0..self.size);
-        let pattern = &mut state.pattern;
-        if let Some(strided) = pattern.note_stride(&read, maximum, &inside, self.size) {
-            self.run_ahead_in_steps(&mut state, &strided);
-            return;
-        }
-        let pattern = &mut state.pattern;
-        let mut ahead = pattern.note(thread, read.clone(), maximum, bound, self.size);
-        // Not who comes from the tensor before: the kernel reads past the end of what was asked.
-        let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
-        let mut most = self.most_unread();
-        if let Some(extent) = begun {
-            // Some loaders touch each tensor before they read the first: that must not get in the
-            // way of whoever reads on.
-            most /= 2;
-            if state.begun == Some(extent.start) {
-                // One after the other: where the next one begins is touched next.
-                let around = extent.end - EDGE.min(extent.end)..self.size.min(extent.end + EDGE);
-                self.prefetch(&mut state, around, most, false);
-            }
-            state.begun = Some(extent.end);
-            // Whoever begins a tensor reads it to its end: all of it at once.
-            ahead.range = read.end..extent.end.min(read.end + maximum).max(read.end);
-            ahead.window = ahead.range.end - ahead.range.start;
-        }
-        tracing::trace!(?read, ?ahead, bound, "pattern");
-        // Its first block was the last of the piece before, and still needed then.
-        let behind = ahead.behind.start / BLOCK_SIZE..ahead.behind.end / BLOCK_SIZE;
-        self.reader.cache.remove(self.content, behind);
-        if ahead.range.is_empty() {
-            return;
-        }
-        let request = ahead.request_size(self.requests(), REQUEST_SIZE);
-        let mut from = ahead.range.start;
-        while from < ahead.range.end {
-            let to = (from + request).min(ahead.range.end);
-            if to - from < request && !ahead.whole && to != bound && to < self.size {
-                break;
-            }
-            if !self.prefetch(&mut state, from..to, most, ahead.whole) {
-                break;
-            }
-            from = to;
-        }
-        state.pattern.asked(read.start, from);
-    }
-
-    /// Fetches ahead of a strided reader, as far as permits and memory allow; never waits.
-    fn run_ahead_in_steps(self: &Arc<Self>, state: &mut State, strided: &Strided) {
-        for bytes in &strided.behind {
-            let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
-            self.reader.cache.remove(self.content, blocks);
-        }
-        let most = self.most_unread();
-        let rest = &strided.rest;
-        // Somebody reads that one already.
-        let whole = rest.end.saturating_sub(rest.start) <= REQUEST_SIZE;
-        let first = (rest, strided.step, whole);
-        let others = strided.requests.iter();
-        let others = others.map(|(bytes, step)| (bytes, *step, false));
-        for (bytes, step, demanded) in std::iter::once(first).chain(others) {
-            let mut from = bytes.start;
-            while from < bytes.end {
-                let to = (from + REQUEST_SIZE).min(bytes.end);
-                if !self.prefetch(state, from..to, most, demanded) {
-                    return;
-                }
-                from = to;
-            }
-            state.pattern.asked_stride(strided, step);
-        }
-    }
-
-    /// Most bytes to run ahead of one stream: enough for all its requests, within what all streams
-    /// may.
-    fn maximum_window(&self) -> u64 {
-        let wire = (self.requests() + 2) * REQUEST_SIZE;
-        wire.min(self.most_unread())
-    }
-
-    /// Requests of one stream: as many as there may be, but few where they cost no time. Measured, a
-    /// sequential read from a store without delays was 1.65 GB/s with 8 of them, and 1.45 with 32.
-    fn requests(&self) -> u64 {
-        let permitted = self.reader.options.transfers as u64;
-        if self.distance.is_near() {
-            permitted.min(NEAR_REQUESTS)
-        } else {
-            permitted
-        }
-    }
-
-    /// Most bytes to run ahead of all streams: half of what readers may hold.
-    fn most_unread(&self) -> u64 {
-        self.reader.budget.ceiling(Class::Read) / 2
-    }
-
-    /// Fetches `bytes` ahead, unless there would be more than `most` bytes that nobody has read, or
-    /// no request or memory is left; tells whether it does.
-    ///
-    /// What is `demanded` goes on a read that somebody waits for, and needs no free request.
-    fn prefetch(
-        self: &Arc<Self>,
-        state: &mut State,
-        bytes: Range<u64>,
-        most: u64,
-        demanded: bool,
-    ) -> bool {
-        let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
-        for gap in self.gaps(state, blocks, None) {
-            let length = self.bytes_of(&gap);
-            // What nobody has read yet must not make way for what somebody may read even later.
-            let unread = self.reader.unread.load(Ordering::Relaxed);
-            if unread + length > most {
-                return false;
-            }
-            let permit = Arc::clone(&self.reader.prefetches).try_acquire_owned().ok();
-            if permit.is_none() && !demanded {
-                return false;
-            }
-            let Some(reservation) = self.reader.budget.try_reserve(Class::Read, length) else {
-                return false;
-            };
-            let fetch = Fetch::new(gap.clone());
-            state.fetches.insert(gap.start, Arc::clone(&fetch));
-            let unread = Unread::new(&self.reader.unread, &state.wasted, length);
-            let ahead = Ahead { permit, unread };
-            self.start(fetch, state.source.clone(), reservation, Some(ahead));
-        }
-        true
     }
 
     /// Reads the format's index as soon as its bytes are in the cache; asks for nothing itself.

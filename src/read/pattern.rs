@@ -88,6 +88,11 @@ struct Stream {
 }
 
 impl Stream {
+    /// Whether `read` goes on with it.
+    fn is_near(&self, read: &Range<u64>) -> bool {
+        read.start + SLACK_BEHIND >= self.front && read.start <= self.front + SLACK_AHEAD
+    }
+
     fn is_eager(&self) -> bool {
         self.inside || self.is_from_the_start()
     }
@@ -210,10 +215,8 @@ impl Pattern {
     ) -> Ahead {
         self.clock += 1;
         let clock = self.clock;
-        let found = self.streams.iter_mut().find(|stream| {
-            read.start + SLACK_BEHIND >= stream.front && read.start <= stream.front + SLACK_AHEAD
-        });
-        let Some(stream) = found else {
+        let mut streams = self.streams.iter_mut();
+        let Some(stream) = streams.find(|stream| stream.is_near(&read)) else {
             self.end_of(thread);
             let expected = self.typical().map(|length| read.start + length);
             let until = expected.map_or(read.end, |until| until.min(bound).min(size));
@@ -321,9 +324,8 @@ impl Pattern {
 
     /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for.
     pub fn asked(&mut self, front: u64, until: u64) {
-        let found = self.streams.iter_mut().find(|stream| {
-            front + SLACK_BEHIND >= stream.front && front <= stream.front + SLACK_AHEAD
-        });
+        let mut streams = self.streams.iter_mut();
+        let found = streams.find(|stream| stream.is_near(&(front..front)));
         if let Some(stream) = found {
             stream.asked = stream.asked.max(until);
         }
