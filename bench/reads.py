@@ -2,18 +2,20 @@
 
 import mmap
 import os
+import pathlib
 import random
 import statistics
 import subprocess
+import tempfile
 import time
 
 from peers import CACHED, MEMORY_DISK, disk_cache, run_s5cmd, run_sdk
 from machine import drop_caches
 from row import Outcome, Row
-from server import BUCKET, FIRST, MANY_SMALL, MIB, PREFIX, RELEASE, SMALL_SIZE, tensor_head
+from server import BUCKET, FIRST, MANY_SMALL, MIB, PREFIX, RELEASE, SMALL_SIZE, TENSORS, tensor_head
 from writes import in_threads
 
-READS = 128
+READS = 256
 
 
 def read_through(path, piece):
@@ -231,9 +233,9 @@ class LoadFile(Row):
 
 
 class Tensor(Row):
-    unit = "s, header and one 64 MiB tensor of 4 GiB, whose name was looked up (fetched/needed)"
+    unit = "s, header and one 64 MiB tensor of 8 GiB, whose name was looked up (fetched/needed)"
     higher_is_better = False
-    INDEX = 31
+    INDEX = 63
 
     def mount(self, mount, server, size):
         os.stat(mount.path / "m.safetensors")
@@ -251,6 +253,48 @@ class Tensor(Row):
         told, cpu = run_sdk(server, ["tensor", "--key", f"{PREFIX}/m.safetensors", "--size", 64,
                                      "--index", self.INDEX], 64 * MIB)
         return Outcome(told["seconds"], 64 * MIB), cpu
+
+
+class Member(Tensor):
+    """The same of a file of torch's, by torch; the SDK as in `tensor`."""
+    unit = "s, torch.load(mmap=True) of 8 GiB and one 64 MiB tensor of it (fetched/needed)"
+
+    def before(self, mount, server, size):
+        import torch
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "m.pt"
+            # Holes where the tensors' bytes would be.
+            with torch.serialization.skip_data():
+                tensors = {f"t{index}": torch.empty(64 * MIB, dtype=torch.uint8)
+                           for index in range(TENSORS)}
+                torch.save(tensors, path)
+            server.generate_around("m.pt", path.stat().st_size, written(path))
+
+    def mount(self, mount, server, size):
+        import torch
+
+        os.stat(mount.path / "m.pt")
+        server.reset()
+        began = time.monotonic()
+        tensors = torch.load(mount.path / "m.pt", mmap=True)
+        tensors[f"t{self.INDEX}"].clone()
+        seconds = time.monotonic() - began
+        return Outcome(seconds, 64 * MIB, f"{server.fetched() / (64 * MIB):.2f} x")
+
+
+def written(path):
+    """What a file has between its holes: where each piece begins → its bytes."""
+    pieces, end = {}, 0
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError:
+                return pieces
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            pieces[start] = os.pread(file.fileno(), end - start, start)
+
 
 
 class List(Row):

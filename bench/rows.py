@@ -1,7 +1,7 @@
 """All rows, by name."""
 
 from promises import Bounds, Verified
-from reads import (FirstByte, List, LoadFile, RandomReads, RandomThreads, Read, SecondRead,
+from reads import (FirstByte, List, LoadFile, Member, RandomReads, RandomThreads, Read, SecondRead,
                    SmallReads, Tensor, Touch, WarmRead)
 from server import MIB
 from writes import Append, Checkpoint, Overwrite, Safetensors, Small, TorchSave, Write
@@ -23,6 +23,7 @@ ROWS = {
     "mmap": Touch(),
     "random": RandomReads(),
     "tensor": Tensor(),
+    "member": Member(),
     "random8": RandomThreads(),
     "first": FirstByte(),
     "smallreads": SmallReads(),
