@@ -296,7 +296,6 @@ def written(path):
             pieces[start] = os.pread(file.fileno(), end - start, start)
 
 
-
 class List(Row):
     unit = "s, readdir and stat of 10 000"
     higher_is_better = False
