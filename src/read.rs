@@ -44,6 +44,12 @@ pub use object::ObjectReader;
 /// block too many at each end, and this is small beside what the kernel's own readahead adds.
 pub const BLOCK_SIZE: u64 = 32 * 1024;
 
+/// Bytes of the kernel's readahead in a file that may be read at random, in vain at the end of each
+/// read. 256 random reads of 1 MiB fetch 1.18 times their bytes with this, 1.27 with the kernel's usual
+/// 128 KiB: a MiB that begins anywhere lies on a page more than eight times that, whose readahead comes
+/// on top; 136 KiB gives 1.22 times, 208 KiB 1.24.
+const READAHEAD: u64 = 132 << 10;
+
 /// Most object versions whose identity is remembered (a hundred bytes or so each).
 const IDENTITIES: NonZeroUsize = NonZeroUsize::new(65_536).unwrap();
 

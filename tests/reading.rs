@@ -5,6 +5,7 @@ mod harness;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::thread;
 
 use harness::{BUCKET, Lab, PREFIX, errno, noise, safetensors_head, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
@@ -153,6 +154,41 @@ fn random_reads_that_are_all_alike_are_fetched_whole_at_their_first_touch() {
     let fetched = lab.s3.stats().of(Kind::Get).requests;
     read(26, 1..8);
     assert_eq!(lab.s3.stats().of(Kind::Get).requests, fetched);
+}
+
+/// `threads` make `reads` of `length` bytes each, at random in a part of 8 GiB of their own; the bytes
+/// that were fetched : theirs.
+fn random_reads_cost(threads: u64, reads: u64, length: u64) -> f64 {
+    let lab = Lab::new();
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    let mount = lab.mount();
+    let file = File::open(mount.at("big")).unwrap();
+    let part = (8 << 30) / threads;
+    thread::scope(|scope| {
+        for reader in 0..threads {
+            let file = &file;
+            scope.spawn(move || {
+                let mut bytes = vec![0; length as usize];
+                let mut seed = 12345 + reader;
+                for _ in 0..reads {
+                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let at = reader * part + (seed >> 16) % (part - length);
+                    file.read_exact_at(&mut bytes, at).unwrap();
+                }
+            });
+        }
+    });
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    fetched as f64 / (threads * reads * length) as f64
+}
+
+#[test]
+fn random_reads_cost_little_more_than_their_bytes() {
+    let alone = random_reads_cost(1, 256, MIB);
+    assert!(alone <= 1.25, "one thread, 1 MiB: {alone:.3}");
+    let together = random_reads_cost(8, 30, 4 * MIB);
+    assert!(together <= 1.1, "8 threads, 4 MiB: {together:.3}");
 }
 
 #[test]

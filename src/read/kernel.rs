@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use super::READAHEAD;
 use super::object::ObjectReader;
+use super::plan::Format;
 
 /// Bytes of readahead in a file whose tensors are read as a whole. `load_file` takes 1.1 times as long
 /// with the kernel's usual 128 KiB. More is faster still where the store takes its time (384 KiB: 1.2
 /// times), but gets more of a tensor's neighbours: 1.25 MiB with one of 16 MiB. torch has the kernel
-/// double it for what it maps. Other files are read at random, where the kernel fetches twice this much
-/// in vain.
+/// double it for what it maps.
 const IN_TENSORS: u64 = 256 << 10;
 /// Bytes of readahead in a file that is whole on local disk, where too much costs no request.
 const ON_DISK: u64 = 1 << 20;
@@ -34,6 +35,12 @@ impl ObjectReader {
         if cached.is_some_and(|cached| cached.is_whole()) {
             return Some(ON_DISK);
         }
-        self.has_tensors().then_some(IN_TENSORS)
+        match self.format() {
+            // The members of a container are mapped by torch alone, which has the kernel read twice as
+            // far ahead.
+            Some(Format::Zip) => None,
+            Some(_) => Some(IN_TENSORS),
+            None => Some(READAHEAD),
+        }
     }
 }

@@ -101,12 +101,11 @@ impl ObjectReader {
         })
     }
 
-    /// Whether it has tensors that are mapped and read as a whole, as far as is known. The members of
-    /// a container are mapped by torch alone, which has the kernel read twice as far ahead.
-    pub(super) fn has_tensors(&self) -> bool {
+    /// What it is by its name and as far as it has been read; `None`: nothing with an index.
+    pub(super) fn format(&self) -> Option<Format> {
         match self.state.lock().layout {
-            Layout::Unread(format, _) | Layout::Known(format, _) => format != Format::Zip,
-            Layout::Plain => false,
+            Layout::Unread(format, _) | Layout::Known(format, _) => Some(format),
+            Layout::Plain => None,
         }
     }
 

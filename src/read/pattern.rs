@@ -76,7 +76,7 @@ struct Stream {
     bound: u64,
     /// Bytes read beyond the bound.
     beyond: u64,
-    /// Where those before say that it will end, until it has gone past that.
+    /// Where those before say that it will end, until it has gone well past that.
     expected: Option<u64>,
     /// Everything before this has been let go of.
     kept: u64,
@@ -270,7 +270,8 @@ impl Pattern {
             stream.window = window;
         }
         let from = stream.asked.max(stream.front);
-        stream.expected = stream.expected.filter(|until| stream.front < *until);
+        // A few pages further is the kernel's readahead.
+        (stream.expected).take_if(|until| stream.front >= until.saturating_add(AROUND));
         let until = stream.front.saturating_add(window).min(stream.bound);
         // Not all of that may have been possible when it began.
         let to = stream
@@ -467,6 +468,23 @@ mod tests {
         check_random_reads(ENDED_AT_LEAST, |_| 7);
         // Each of three ends one when it begins its next.
         check_random_reads(ENDED_AT_LEAST + 2, |place| 1 + (place % 3) as u32);
+    }
+
+    #[test]
+    fn a_page_past_what_was_expected_begins_no_run() {
+        let mut pattern = Pattern::default();
+        let page = 4096;
+        for place in 1..=8 {
+            random_read(&mut pattern, 7, place, 6);
+        }
+        let first = random_read(&mut pattern, 7, 100, 6);
+        assert!(!first.range.is_empty());
+        let end = 100 * 1000 * MIB + 6 * MIB / 4;
+        let past = |pattern: &mut Pattern, read| pattern.note(7, read, 64 * MIB, END, END).range;
+        assert!(past(&mut pattern, end..end + page).is_empty());
+        assert!(past(&mut pattern, end + page..end + MIB / 8).is_empty());
+        // Who goes on is run ahead of.
+        assert!(!past(&mut pattern, end + MIB / 8..end + MIB / 2).is_empty());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::{CAUTIOUS, EAGER, KEPT_BEHIND, QUIET};
-use crate::read::BLOCK_SIZE;
+use crate::read::{BLOCK_SIZE, READAHEAD};
 
 /// Touches and strides that are remembered per object; the oldest give way. Strides are looked
 /// for among the touches, so that several readers can be at it at once.
@@ -21,8 +21,8 @@ const STRIDE_TOUCHES: usize = 128;
 /// So many of the last ones tell how long touches are; some of them may be at work still.
 const LENGTHS: usize = 8;
 /// A request that begins no further behind a touch's end, bytes, belongs to it: the kernel's are of
-/// 128 KiB, and one of them may overtake another.
-const MERGED: u64 = 128 << 10;
+/// its readahead, and one of them may overtake another.
+const MERGED: u64 = READAHEAD;
 /// Equal steps before anything is fetched ahead.
 const STEPS: i64 = 3;
 /// Touches that come out of order are known this many steps away.
