@@ -72,6 +72,28 @@ fn what_a_reader_has_left_behind_is_let_go_of_wherever_it_began() {
 }
 
 #[test]
+fn what_a_random_reader_has_read_is_left_to_the_kernel() {
+    let lab = Lab::new();
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    let file = File::open(mount.at("big")).unwrap();
+    let mut buffer = vec![0; MIB as usize];
+    // Squares: no four of these places are equally far from each other. None begins with a page.
+    let places = (1..=60).map(|place| place * place * 2 * MIB - 1234);
+    for at in places.clone() {
+        file.read_exact_at(&mut buffer, at).unwrap();
+    }
+    let cached = mount.status()["read"]["bytes_cached"].as_u64().unwrap();
+    assert!(cached < 24 * MIB, "{cached}");
+    let fetched = lab.s3.stats().of(Kind::Get).requests;
+    for at in places {
+        file.read_exact_at(&mut buffer, at).unwrap();
+    }
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, fetched);
+}
+
+#[test]
 fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
     let lab = Lab::new();
     // Sixty-four tensors of 64 MiB; the data are generated behind a real header.

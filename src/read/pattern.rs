@@ -130,9 +130,10 @@ pub(super) struct Ahead {
     pub range: Range<u64>,
     /// The stream's whole window, bytes: how large the requests may be.
     pub window: u64,
-    /// Bytes the stream has left behind for good; may be empty. The kernel keeps their pages while
-    /// it has room. Keeping them here too would make the daemon touch new memory all the time,
-    /// which costs more than the network: a read of 4 GiB took 2.4 times as long.
+    /// Bytes that the stream has left behind for good, or where it begins, the one that its thread read
+    /// before; may be empty. The kernel keeps their pages while it has room. Keeping them here too
+    /// would make the daemon touch new memory all the time, which costs more than the network: a read
+    /// of 4 GiB took 2.4 times as long.
     pub behind: Range<u64>,
     /// The read begins a stream, or goes on where one hardly touched the tensor before.
     pub first: bool,
@@ -217,7 +218,7 @@ impl Pattern {
         let clock = self.clock;
         let mut streams = self.streams.iter_mut();
         let Some(stream) = streams.find(|stream| stream.is_near(&read)) else {
-            self.end_of(thread);
+            let behind = self.end_of(thread).unwrap_or(read.start..read.start);
             let expected = self.typical().map(|length| read.start + length);
             let until = expected.map_or(read.end, |until| until.min(bound).min(size));
             let range = read.end..until.max(read.end);
@@ -240,7 +241,7 @@ impl Pattern {
             return Ahead {
                 window: range.end - range.start,
                 range,
-                behind: read.start..read.start,
+                behind,
                 first: true,
                 whole: true,
             };
@@ -305,15 +306,21 @@ impl Pattern {
         (are_alike && longest <= LONGEST_ALIKE).then_some(longest)
     }
 
-    /// Whoever begins to read elsewhere has come to the end of what he read before.
-    fn end_of(&mut self, thread: u32) {
+    /// Whoever begins to read elsewhere has come to the end of what he read before. What of that he has
+    /// left behind: whole blocks, as he may still read the rest of others; and nothing, if he left
+    /// anything out.
+    fn end_of(&mut self, thread: u32) -> Option<Range<u64>> {
         let mut streams = self.streams.iter_mut();
-        let own = streams.find(|stream| thread != 0 && stream.thread == thread && !stream.ended);
-        if let Some(stream) = own {
-            stream.ended = true;
-            let consumed = stream.consumed;
-            self.note_length(consumed);
+        let own = streams.find(|stream| thread != 0 && stream.thread == thread && !stream.ended)?;
+        own.ended = true;
+        let behind = own.kept.next_multiple_of(BLOCK_SIZE)..own.front;
+        let is_whole = own.has_read(4);
+        if is_whole {
+            own.kept = own.front;
         }
+        let consumed = own.consumed;
+        self.note_length(consumed);
+        (is_whole && !behind.is_empty()).then_some(behind)
     }
 
     fn note_length(&mut self, bytes: u64) {
@@ -468,6 +475,27 @@ mod tests {
         check_random_reads(ENDED_AT_LEAST, |_| 7);
         // Each of three ends one when it begins its next.
         check_random_reads(ENDED_AT_LEAST + 2, |place| 1 + (place % 3) as u32);
+    }
+
+    #[test]
+    fn who_begins_elsewhere_has_left_behind_whole_blocks_of_what_he_read() {
+        let elsewhere = |thread, reads: &[Range<u64>]| {
+            let mut pattern = Pattern::default();
+            for read in reads {
+                pattern.note(thread, read.clone(), 64 * MIB, END, END);
+            }
+            let read = 1000 * MIB..1001 * MIB;
+            pattern.note(thread, read, 64 * MIB, END, END).behind
+        };
+        let (begin, page) = (MIB + 4096, 4096);
+        let whole = [begin..begin + MIB / 2, begin + MIB / 2..begin + MIB];
+        assert_eq!(elsewhere(7, &whole), MIB + BLOCK_SIZE..2 * MIB + page);
+        // It is not known who reads.
+        assert!(elsewhere(0, &whole).is_empty());
+        // He left something out, or read no block as a whole.
+        let gap = [begin..begin + MIB / 2, begin + MIB..begin + 3 * MIB / 2];
+        assert!(elsewhere(7, &gap).is_empty());
+        assert!(elsewhere(7, &[begin..begin + page, begin..begin + 5 * page]).is_empty());
     }
 
     #[test]
