@@ -78,6 +78,9 @@ enum Command {
         /// MiB
         #[arg(long, default_value_t = 4)]
         range: u64,
+        /// Looks of 8 KiB at how so many tensors begin, in between, as torch takes them
+        #[arg(long, default_value_t = 0)]
+        looks: u64,
     },
     /// A listing of everything whose key starts with KEY, page by page
     List {
@@ -161,7 +164,8 @@ async fn main() -> anyhow::Result<()> {
             size,
             index,
             range,
-        } => read::tensor(&object, size * MIB, index, range * MIB).await?,
+            looks,
+        } => read::tensor(&object, size * MIB, index, range * MIB, looks).await?,
         Command::List { object } => read::list(&object).await?,
         Command::Small {
             object,

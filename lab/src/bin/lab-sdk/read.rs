@@ -10,6 +10,9 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::{Object, client};
 
+/// Bytes of a look at how a member begins.
+const LOOK: u64 = 8 << 10;
+
 pub async fn get(
     object: &Object,
     places: Vec<u64>,
@@ -88,6 +91,7 @@ pub async fn tensor(
     size: u64,
     index: u64,
     range: u64,
+    looks: u64,
 ) -> anyhow::Result<(u64, Vec<Duration>)> {
     let length = {
         let client = client(object);
@@ -96,7 +100,9 @@ pub async fn tensor(
         fetch(&client, object, 8, 8 + length).await?;
         length
     };
-    let start = 8 + length + index * size;
+    let begins = |index| 8 + length + index * size;
+    get(object, (0..looks).map(begins).collect(), LOOK).await?;
+    let start = begins(index);
     let places = (0..size.div_ceil(range))
         .map(|piece| start + piece * range)
         .collect();
