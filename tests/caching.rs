@@ -361,6 +361,39 @@ fn without_its_flags_there_is_no_disk_cache() {
 }
 
 #[test]
+fn what_is_fetched_and_then_read_from_disk_stays_within_the_memory() {
+    let lab = Lab::with(ServerOptions {
+        first_byte: std::time::Duration::from_millis(15),
+        connection_rate: Some(90_000_000),
+        ..ServerOptions::default()
+    });
+    let size = 1 << 30;
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    let folder = lab.empty_folder();
+    let mount = lab.mount_with(&[
+        "--cache-dir",
+        folder.to_str().unwrap(),
+        "--memory",
+        "512MiB",
+    ]);
+    let mut prefetch = lab.program();
+    prefetch.arg("prefetch").arg(mount.at("big"));
+    assert!(prefetch.output().unwrap().status.success());
+    let mut file = fs::File::open(mount.at("big")).unwrap();
+    assert_eq!(
+        std::io::copy(&mut file, &mut std::io::sink()).unwrap(),
+        size
+    );
+    assert_eq!(got(&lab), size);
+    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+    let peak = status.lines().find(|line| line.starts_with("VmHWM"));
+    let kibibytes = peak.and_then(|line| line.split_whitespace().nth(1));
+    let peak = kibibytes.unwrap().parse::<u64>().unwrap() / 1024;
+    assert!(peak <= 512 + 128, "{peak} MiB");
+}
+
+#[test]
 fn the_cache_can_be_looked_at_and_emptied_while_it_is_in_use() {
     let lab = Lab::new();
     let data = noise(8 << 20);
