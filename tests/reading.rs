@@ -72,6 +72,30 @@ fn what_a_reader_has_left_behind_is_let_go_of_wherever_it_began() {
 }
 
 #[test]
+fn a_block_that_two_readers_share_is_fetched_once() {
+    let lab = Lab::new();
+    let size = 128 * MIB;
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    let mut options = File::options();
+    let direct = options.read(true).custom_flags(libc::O_DIRECT);
+    let file = direct.open(mount.at("big")).unwrap();
+    // One reads the second half, and has gone far when the other comes to its beginning.
+    let middle = size / 2 + 12 * 1024;
+    let mut buffer = vec![0; 128 * 1024];
+    let mut at = middle;
+    while at < size {
+        at += file.read_at(&mut buffer, at).unwrap() as u64;
+    }
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert_eq!(fetched, size / 2);
+    file.read_exact_at(&mut buffer[..12 * 1024], size / 2)
+        .unwrap();
+    assert_eq!(lab.s3.stats().of(Kind::Get).bytes_out, fetched);
+}
+
+#[test]
 fn what_a_random_reader_has_read_is_left_to_the_kernel() {
     let lab = Lab::new();
     lab.s3

@@ -232,7 +232,8 @@ impl Pattern {
                 bound: bound.max(read.end),
                 beyond: 0,
                 expected,
-                kept: read.start,
+                // Another may still read the rest of the block that it begins in.
+                kept: read.start.next_multiple_of(BLOCK_SIZE),
                 touched: clock,
                 thread,
                 ended: false,
