@@ -125,7 +125,8 @@ pub struct MountArguments {
           allow_negative_numbers = true)]
     pub part_size: Option<u64>,
 
-    /// Most uploads in flight, and most prefetches, 1 to 256
+    /// Most uploads in flight, and most prefetches, 1 to 256; of headers in containers, a few KiB each,
+    /// eight times as many
     #[arg(
         long,
         env = "MLFS_TRANSFERS",

@@ -45,9 +45,9 @@ pub use object::ObjectReader;
 pub const BLOCK_SIZE: u64 = 32 * 1024;
 
 /// Bytes of the kernel's readahead in a file that may be read at random: it gets about so many beyond
-/// the end of each read, in vain. 256 random reads of 1 MiB fetch 1.19 times their bytes with this, 1.27 with the kernel's usual
-/// 128 KiB: a MiB that begins anywhere lies on a page more than eight times that, whose readahead comes
-/// on top; 136 KiB gives 1.22 times, 208 KiB 1.24.
+/// the end of each read, in vain. 256 random reads of 1 MiB fetch 1.19 times their bytes with this,
+/// 1.27 with the kernel's usual 128 KiB: a MiB that begins anywhere lies on a page more than eight
+/// times that, whose readahead comes on top; 136 KiB gives 1.22 times, 208 KiB 1.24.
 const READAHEAD: u64 = 132 << 10;
 
 /// Most object versions whose identity is remembered (a hundred bytes or so each).
@@ -138,7 +138,7 @@ impl Reader {
         Arc::new(Self {
             budget,
             cache,
-            looks: Looks::new(),
+            looks: Looks::new(options.transfers),
             disk,
             prefetches: Arc::new(Semaphore::new(options.transfers)),
             unread: Arc::default(),

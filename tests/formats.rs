@@ -4,9 +4,10 @@ mod harness;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::time::Duration;
 
 use harness::{BUCKET, Lab, Mount, PREFIX, noise, safetensors_head, wait_until};
-use mlfs_lab::s3::Kind;
+use mlfs_lab::s3::{Kind, ServerOptions};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of a member's header before its name, of a directory's entry, and of the end record.
@@ -14,11 +15,23 @@ const HEADER: usize = 30;
 
 /// A container of stored members, as zipfile writes it, and where each of them begins.
 fn container(members: &[Vec<u8>]) -> (Vec<u8>, Vec<u64>) {
+    container_of(members, |number| format!("archive/data/{number:04}"))
+}
+
+/// The same, as torch names them.
+fn container_of_torchs(members: &[Vec<u8>]) -> (Vec<u8>, Vec<u64>) {
+    container_of(members, |number| match number {
+        0 => "archive/data.pkl".to_owned(),
+        number => format!("archive/data/{:04}", number - 1),
+    })
+}
+
+fn container_of(members: &[Vec<u8>], name: impl Fn(usize) -> String) -> (Vec<u8>, Vec<u64>) {
     let mut file = Vec::new();
     let mut directory = Vec::new();
     let mut begins = Vec::new();
     for (number, member) in members.iter().enumerate() {
-        let name = format!("archive/data/{number:04}");
+        let name = name(number);
         let length = (member.len() as u32).to_le_bytes();
         let name_length = (name.len() as u16).to_le_bytes();
         let begin = file.len() as u64;
@@ -119,6 +132,61 @@ fn headers_of_a_container_are_looked_at_side_by_side_and_cost_their_pages() {
     }
     assert_eq!(lab.s3.stats().of(Kind::Get).requests, requests + 20);
     assert!(fetched(&lab) - cost <= 20 * 8192);
+}
+
+#[test]
+fn a_container_of_torchs_is_looked_through_from_the_first_look_on() {
+    const MEMBERS: usize = 40;
+    let lab = Lab::with(ServerOptions {
+        first_byte: Duration::from_millis(50),
+        ..ServerOptions::default()
+    });
+    let members: Vec<Vec<u8>> = (0..MEMBERS).map(|_| noise(200 * 1024)).collect();
+    let (bytes, begins) = container_of_torchs(&members);
+    lab.put("model.pt", bytes.clone());
+    // More of them at once than whole requests.
+    let mount = lab.mount_with(&["--transfers", "4"]);
+    let file = open_direct(&mount, "model.pt");
+    // What is read of its beginning comes in one request, with what is read next.
+    read(&file, 0, 4096);
+    read(&file, 4096, 60 << 10);
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, 1);
+    read_directory(&file, bytes.len());
+    let requests = lab.s3.stats().of(Kind::Get).requests;
+    lab.s3.reset_stats();
+    read(&file, begins[1], 4096);
+    assert_eq!(requests, 2);
+    let others = MEMBERS as u64 - 1;
+    wait_until("eight times as many as transfers to be there", || {
+        lab.s3.stats().of(Kind::Get).requests == 1 + 4 * 8
+    });
+    assert!(lab.s3.stats().most_at_once > 16);
+    for begin in &begins[1..] {
+        assert_eq!(read(&file, *begin, 4096), bytes[*begin as usize..][..4096]);
+    }
+    assert_eq!(lab.s3.stats().of(Kind::Get).requests, others);
+    assert!(fetched(&lab) <= others * 8192);
+}
+
+#[test]
+fn looks_with_a_larger_buffer_cost_its_pages() {
+    let lab = Lab::new();
+    let members: Vec<Vec<u8>> = (0..20).map(|_| noise(200 * 1024)).collect();
+    let (bytes, begins) = container_of_torchs(&members);
+    lab.put("model.pt", bytes.clone());
+    let mount = lab.mount();
+    let file = open_direct(&mount, "model.pt");
+    read(&file, 0, 4096);
+    read_directory(&file, bytes.len());
+    let cost = fetched(&lab);
+    // As the kernel asks for what a buffer of 8 KiB takes.
+    for begin in &begins[1..] {
+        let first = begin / 4096 * 4096;
+        let last = (begin + 8192).next_multiple_of(4096);
+        let told = read(&file, first, (last - first) as usize);
+        assert!(told == bytes[first as usize..last as usize]);
+    }
+    assert!(fetched(&lab) - cost <= 20 * 12_288);
 }
 
 #[test]

@@ -1,9 +1,8 @@
 //! Looks at what begins a member of a container: a header, and often nothing more.
 //!
-//! torch looks at every header of a file before it touches a tensor, one after the other. The
-//! second look says that more will follow: the next ones are fetched side by side, just the pages
-//! that a reader with a small buffer asks the kernel for. They are kept apart from the blocks, of
-//! which a page is a small part.
+//! torch looks at every header of a file before it touches a tensor, one after the other. Once that
+//! is to be expected, the next ones are fetched side by side, just the pages that such a reader asks
+//! the kernel for. They are kept apart from the blocks, of which a page is a small part.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -14,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::TryStreamExt;
 use lru::LruCache;
 use parking_lot::Mutex;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::fetch::object_name;
 use super::plan::Extents;
@@ -22,38 +21,64 @@ use super::{Reader, Source};
 use crate::store::{StoreError, StoreResult};
 
 const PAGE: u64 = 4096;
-/// A header and its name, wherever in a page it begins, bytes.
-const LENGTH: u64 = 2 * PAGE;
-/// Looks fetched ahead.
-const AHEAD: usize = 64;
-/// Most kept, of all objects: 4 MiB. The kernel has the pages that were asked for.
+/// A header and its name, bytes: torch's are shorter.
+const HEADER: u64 = 128;
+/// A reader with a buffer of 8 KiB, wherever in a page it begins. Longer reads are no looks.
+const MOST_PAGES: u64 = 3;
+/// Looks fetched ahead of whoever looks.
+const AHEAD: usize = 128;
+/// Looks at once for each prefetch that there may be: a page is soon there, and what counts is the
+/// time to its first byte.
+const FOR_A_PREFETCH: usize = 8;
+/// Most kept, of all objects: 2 MiB, 6 with large buffers. The kernel has the pages that were asked
+/// for.
 const MOST: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 
 /// The first pages of one member, once they are there.
-type Cell = Arc<OnceCell<Bytes>>;
+#[derive(Debug)]
+struct Look {
+    /// Bytes of the object.
+    range: Range<u64>,
+    bytes: OnceCell<Bytes>,
+}
 
 /// The headers that were looked at last, of all objects, by content and where they begin, in bytes.
 #[derive(Debug)]
 pub(super) struct Looks {
-    cells: Mutex<LruCache<(u64, u64), Cell>>,
+    kept: Mutex<LruCache<(u64, u64), Arc<Look>>>,
+    /// Looks ahead on their way.
+    requests: Arc<Semaphore>,
+}
+
+/// How far an object has been looked through.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Looks that nobody had foreseen.
+    unforeseen: u64,
+    /// Where the last member begins whose header was asked for.
+    until: u64,
+    /// What the longest look took.
+    pages: u64,
 }
 
 /// A look that somebody waits for, and those that will come after it.
 #[derive(Debug)]
 pub(super) struct Looking {
-    own: (Range<u64>, Cell),
-    ahead: Vec<(Range<u64>, Cell)>,
+    own: Arc<Look>,
+    ahead: Vec<(Arc<Look>, OwnedSemaphorePermit)>,
 }
 
 impl Looks {
-    pub fn new() -> Self {
+    /// For a mount that may have so many prefetches in flight.
+    pub fn new(transfers: usize) -> Self {
         Self {
-            cells: Mutex::new(LruCache::new(MOST)),
+            kept: Mutex::new(LruCache::new(MOST)),
+            requests: Arc::new(Semaphore::new(transfers * FOR_A_PREFETCH)),
         }
     }
 
     /// How to serve `read` of an object of `size` bytes, which ends in the header of `extent`;
-    /// `None` where it is more than a look. `asked` counts those of this object that were not there.
+    /// `None` where it is more than a look.
     pub fn plan(
         &self,
         content: u64,
@@ -61,31 +86,52 @@ impl Looks {
         extent: &Range<u64>,
         extents: &Extents,
         size: u64,
-        asked: &mut u64,
+        progress: &mut Progress,
     ) -> Option<Looking> {
-        let own = pages(extent.start, size);
-        if read.start < own.start || read.end > own.end {
+        let shortest = pages(extent.start, 1, size);
+        let own = shortest.start..shortest.end.max(read.end.next_multiple_of(PAGE).min(size));
+        let taken = (own.end - own.start).div_ceil(PAGE);
+        if read.start < own.start || taken > MOST_PAGES {
             return None;
         }
-        let mut cells = self.cells.lock();
-        let mut cell = |start| Arc::clone(cells.get_or_insert_mut((content, start), Cell::default));
-        let own = (own.clone(), cell(own.start));
+        progress.pages = progress.pages.max(taken);
+        tracing::trace!(?read, header = extent.start, pages = taken, "look");
+        let mut kept = self.kept.lock();
+        let known = kept.get(&(content, own.start));
+        let known = known.filter(|look| read.end <= look.range.end).cloned();
+        if known.is_none() {
+            progress.unforeseen += 1;
+            progress.until = extent.start;
+        }
+        let own = known.unwrap_or_else(|| keep(&mut kept, content, own));
         let mut ahead = Vec::new();
-        if !own.1.initialized() {
-            *asked += 1;
-            let next = extents.after(extent.start).take(AHEAD);
-            let next = next.filter(|_| *asked > 1);
-            ahead.extend(next.map(|extent| {
-                let pages = pages(extent.start, size);
-                (pages.clone(), cell(pages.start))
-            }));
+        if progress.unforeseen > 1 || extents.looked_through() {
+            for next in extents.after(extent.start).take(AHEAD) {
+                let range = pages(next.start, progress.pages, size);
+                if next.start <= progress.until || kept.contains(&(content, range.start)) {
+                    continue;
+                }
+                let Ok(permit) = Arc::clone(&self.requests).try_acquire_owned() else {
+                    break;
+                };
+                progress.until = next.start;
+                ahead.push((keep(&mut kept, content, range), permit));
+            }
         }
         Some(Looking { own, ahead })
     }
 }
 
+fn keep(kept: &mut LruCache<(u64, u64), Arc<Look>>, content: u64, range: Range<u64>) -> Arc<Look> {
+    let key = (content, range.start);
+    let bytes = OnceCell::new();
+    let look = Arc::new(Look { range, bytes });
+    kept.put(key, Arc::clone(&look));
+    look
+}
+
 impl Looking {
-    /// The bytes of `read`; what is ahead is fetched in the background, as far as requests are free.
+    /// The bytes of `read`; what is ahead is fetched in the background.
     ///
     /// # Errors
     /// As for any read.
@@ -95,37 +141,39 @@ impl Looking {
         source: &Source,
         read: Range<u64>,
     ) -> StoreResult<Bytes> {
-        let ahead = self.ahead.into_iter();
-        for (range, cell) in ahead.filter(|(_, cell)| !cell.initialized()) {
-            let Ok(permit) = Arc::clone(&reader.prefetches).try_acquire_owned() else {
-                break;
-            };
-            let (reader, source) = (Arc::clone(reader), source.clone());
-            let runtime = reader.runtime.clone();
-            runtime.spawn(async move {
-                let asked = &reader.metrics.bytes_prefetched;
-                let looked = cell.get_or_try_init(|| look(&source, &range, asked));
-                if let Err(error) = looked.await {
+        for (look, permit) in self.ahead {
+            let (metrics, source) = (Arc::clone(reader), source.clone());
+            reader.runtime.spawn(async move {
+                let asked = &metrics.metrics.bytes_prefetched;
+                if let Err(error) = look.bytes(&source, asked).await {
                     tracing::debug!(object = object_name(&source), %error, "not looked ahead");
                 }
                 drop(permit);
             });
         }
-        let (own, cell) = self.own;
-        let asked = &reader.metrics.bytes_demanded;
-        let bytes = cell.get_or_try_init(|| look(source, &own, asked)).await?;
-        let from = (read.start - own.start) as usize;
-        Ok(bytes.slice(from..(read.end - own.start) as usize))
+        let own = self.own;
+        let bytes = own.bytes(source, &reader.metrics.bytes_demanded).await?;
+        let from = (read.start - own.range.start) as usize;
+        Ok(bytes.slice(from..(read.end - own.range.start) as usize))
     }
 }
 
-/// The pages that a header at `start` is in.
-fn pages(start: u64, size: u64) -> Range<u64> {
-    let start = start / PAGE * PAGE;
-    start..(start + LENGTH).min(size)
+impl Look {
+    /// Its bytes; where it has to ask for them, they are added to `asked`.
+    async fn bytes(&self, source: &Source, asked: &AtomicU64) -> StoreResult<&Bytes> {
+        let fetched = || fetch(source, &self.range, asked);
+        self.bytes.get_or_try_init(fetched).await
+    }
 }
 
-async fn look(source: &Source, range: &Range<u64>, asked: &AtomicU64) -> StoreResult<Bytes> {
+/// The pages that a header at `start` is in, but `least` at least.
+fn pages(start: u64, least: u64, size: u64) -> Range<u64> {
+    let first = start / PAGE * PAGE;
+    let end = (start + HEADER).next_multiple_of(PAGE);
+    first..end.max(first + least * PAGE).min(size)
+}
+
+async fn fetch(source: &Source, range: &Range<u64>, asked: &AtomicU64) -> StoreResult<Bytes> {
     let length = range.end - range.start;
     asked.fetch_add(length, Ordering::Relaxed);
     let body = source

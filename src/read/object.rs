@@ -13,7 +13,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::block::{Block, Segments, Unread};
 use super::distance::Distance;
 use super::fetch::{Fetch, Origin, object_name};
-use super::look::Looking;
+use super::look::{Looking, Progress};
 use super::pattern::Pattern;
 use super::plan::{Extents, Format, Plan};
 use super::{BLOCK_SIZE, Reader, Source};
@@ -23,6 +23,9 @@ use crate::store::{StoreError, StoreResult};
 /// An object up to this size, bytes, is fetched whole at the first touch: its bytes cost less than
 /// a second round trip.
 const WHOLE_OBJECT: u64 = 512 * 1024;
+/// Of a container these first bytes are fetched at the first touch of its beginning: torch's index of
+/// what is in it, which is read next, is among them.
+const CONTAINER_HEAD: u64 = 64 * 1024;
 /// A prefetch that failed is repeated by each reader that needs it, this often.
 const ATTEMPTS: usize = 2;
 
@@ -45,8 +48,7 @@ struct State {
     /// Fetches on their way, by first block; they never overlap.
     fetches: BTreeMap<u64, Arc<Fetch>>,
     layout: Layout,
-    /// Headers that readers waited for.
-    looks: u64,
+    looks: Progress,
     /// Where the tensor ends that somebody began last.
     begun: Option<u64>,
 }
@@ -95,7 +97,7 @@ impl ObjectReader {
                 wasted: Arc::default(),
                 fetches: BTreeMap::new(),
                 layout,
-                looks: 0,
+                looks: Progress::default(),
                 begun: None,
             }),
         })
@@ -196,7 +198,9 @@ impl ObjectReader {
             return None;
         };
         let extent = extents.containing(read.end - 1)?;
-        if !format.looks(&read, &extent) {
+        let mut blocks = read.start / BLOCK_SIZE..read.end.div_ceil(BLOCK_SIZE);
+        let is_there = |index| self.reader.cache.contains(self.content, index);
+        if !format.looks(&read, &extent) || blocks.all(is_there) {
             return None;
         }
         let kept = &self.reader.looks;
@@ -209,7 +213,14 @@ impl ObjectReader {
         if self.size <= WHOLE_OBJECT {
             return 0..self.size.div_ceil(BLOCK_SIZE);
         }
-        range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE)
+        let wanted = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
+        let begins =
+            range.start == 0 && matches!(self.state.lock().layout, Layout::Unread(Format::Zip, _));
+        if begins {
+            0..wanted.end.max(CONTAINER_HEAD / BLOCK_SIZE)
+        } else {
+            wanted
+        }
     }
 
     /// The bytes of `range`, as they come; or which block did not, and why.

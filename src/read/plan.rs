@@ -46,6 +46,7 @@ pub enum Plan {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Extents {
     ranges: Vec<Range<u64>>,
+    looked_through: bool,
 }
 
 impl Format {
@@ -97,7 +98,15 @@ impl Extents {
         let inside = ranges
             .iter()
             .all(|range| range.start < range.end && range.end <= size);
-        (ordered && inside).then_some(Self { ranges })
+        (ordered && inside).then_some(Self {
+            ranges,
+            looked_through: false,
+        })
+    }
+
+    /// Whether who looks at how one of them begins looks at all of them, one after the other.
+    pub fn looked_through(&self) -> bool {
+        self.looked_through
     }
 
     /// The extent that holds byte `offset`.

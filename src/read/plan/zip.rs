@@ -33,12 +33,17 @@ struct Directory {
     entries: u64,
 }
 
+/// How the name of the first member ends in what torch saves, which it looks through before it reads
+/// a tensor.
+const OF_TORCH: &[u8] = b"/data.pkl";
+
 /// A member, as the directory tells it.
 struct Member {
     /// Of its own header, bytes from the file's start.
     header: u64,
     /// Of the header without padding, and the data.
     least: u64,
+    of_torch: bool,
 }
 
 /// The layout of a file of `size` bytes that ends with `bytes`, which begin at `start`.
@@ -156,11 +161,11 @@ fn member(bytes: &mut Bytes<'_>) -> Option<Member> {
     // Versions, flags, method, time, date, checksum.
     bytes.take(16)?;
     let (compressed, uncompressed) = (bytes.u32()?, bytes.u32()?);
-    let (name, extra, comment) = (bytes.u16()?, bytes.u16()?, bytes.u16()?);
+    let (length, extra, comment) = (bytes.u16()?, bytes.u16()?, bytes.u16()?);
     // Disk, attributes.
     bytes.take(2 + 2 + 4)?;
     let header = bytes.u32()?;
-    bytes.take(name.into())?;
+    let name = bytes.take(length.into())?;
     let extra = bytes.take(extra.into())?;
     bytes.take(comment.into())?;
     let mut large = large_numbers(extra);
@@ -178,7 +183,8 @@ fn member(bytes: &mut Bytes<'_>) -> Option<Member> {
     let header = number(header)?;
     Some(Member {
         header,
-        least: compressed.checked_add(HEADER + u64::from(name))?,
+        least: compressed.checked_add(HEADER + u64::from(length))?,
+        of_torch: name.ends_with(OF_TORCH),
     })
 }
 
@@ -206,7 +212,12 @@ fn extents(mut members: Vec<Member>, directory: u64) -> Option<Extents> {
         let most = least.saturating_add(MOST_PADDING + DESCRIPTOR);
         ranges.push(member.header..next.min(most));
     }
-    Extents::new(ranges, directory)
+    let looked_through = members.first().is_some_and(|member| member.of_torch);
+    let extents = Extents::new(ranges, directory)?;
+    Some(Extents {
+        looked_through,
+        ..extents
+    })
 }
 
 #[cfg(test)]
