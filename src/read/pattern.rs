@@ -152,7 +152,9 @@ impl Ahead {
         } else {
             SMALL_REQUEST
         };
-        (window / requests).clamp(least, most)
+        // Of a window that moves, a third has come and is about to be read.
+        let halves = if self.first { 2 } else { 3 };
+        (window * 2 / (requests * halves)).clamp(least, most)
     }
 }
 

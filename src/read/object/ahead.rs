@@ -133,10 +133,10 @@ impl ObjectReader {
         }
     }
 
-    /// Most bytes to run ahead of one stream: enough for all its requests, within what all streams
-    /// may.
+    /// Most bytes to run ahead of one stream: enough for all its requests and what has come and is not
+    /// read yet, within what all streams may.
     fn maximum_window(&self) -> u64 {
-        let wire = (self.requests() + 2) * REQUEST_SIZE;
+        let wire = self.requests() * 3 / 2 * REQUEST_SIZE;
         wire.min(self.most_unread())
     }
 
