@@ -54,6 +54,8 @@ def on_mount(name, row, server, size, work, limit):
             if hasattr(row, "before"):
                 limited(limit, lambda: row.before(mount, server, size))
                 drop_caches()
+                # What that took was given back.
+                touch_memory()
             step = row.mount
         before = mount.cpu()
         with Processors() as processors:

@@ -142,9 +142,10 @@ impl Looking {
         read: Range<u64>,
     ) -> StoreResult<Bytes> {
         for (look, permit) in self.ahead {
-            let (metrics, source) = (Arc::clone(reader), source.clone());
-            reader.runtime.spawn(async move {
-                let asked = &metrics.metrics.bytes_prefetched;
+            let (reader, source) = (Arc::clone(reader), source.clone());
+            let runtime = reader.runtime.clone();
+            runtime.spawn(async move {
+                let asked = &reader.metrics.bytes_prefetched;
                 if let Err(error) = look.bytes(&source, asked).await {
                     tracing::debug!(object = object_name(&source), %error, "not looked ahead");
                 }
