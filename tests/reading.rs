@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::thread;
 
-use harness::{BUCKET, Lab, PREFIX, errno, noise, safetensors_head, wait_until};
+use harness::{BUCKET, Lab, Mount, PREFIX, errno, noise, safetensors_head, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
 
 const MIB: u64 = 1 << 20;
@@ -139,6 +139,68 @@ fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
     }
     let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
     assert!(fetched <= tensor * 102 / 100 + MIB, "{fetched}");
+}
+
+/// A file of eight tensors of 16 MiB, mounted, of which the index has been read, as the kernel reads it
+/// around the first page of a mapping; and where the first tensor ends.
+fn index_read(lab: &Lab) -> (Mount<'_>, File, u64) {
+    let head = safetensors_head(8, 16 * MIB);
+    let (start, key) = (head.len() as u64, format!("{PREFIX}/model.safetensors"));
+    let size = start + 8 * 16 * MIB;
+    lab.s3.put_generated(BUCKET, &key, head, size);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    let mut options = File::options();
+    let direct = options.read(true).custom_flags(libc::O_DIRECT);
+    let file = direct.open(mount.at("model.safetensors")).unwrap();
+    around(&file, 0);
+    (mount, file, start + 16 * MIB)
+}
+
+/// Reads what the kernel reads around a page.
+fn around(file: &File, offset: u64) {
+    let from = (offset / 4096 * 4096).saturating_sub(128 << 10);
+    file.read_exact_at(&mut vec![0; 256 << 10], from).unwrap();
+}
+
+fn read_on(file: &File, from: u64, end: u64) {
+    let mut buffer = vec![0; 256 << 10];
+    for at in (from..end).step_by(256 << 10) {
+        let length = buffer.len().min((end - at) as usize);
+        file.read_exact_at(&mut buffer[..length], at).unwrap();
+    }
+}
+
+#[test]
+fn the_first_tensor_costs_about_its_own_bytes_though_its_end_is_touched_first() {
+    let lab = Lab::new();
+    let (_mount, file, end) = index_read(&lab);
+    // Its first pages came with the index: a loader touches its end next, then reads it.
+    around(&file, end);
+    read_on(&file, 256 << 10, end / 4096 * 4096 - (128 << 10));
+    let stats = lab.s3.stats();
+    let fetched = stats.of(Kind::Get).bytes_out;
+    assert!(fetched <= 16 * MIB + 512 * 1024, "{fetched}");
+    // All of it at once, and not as a stream that grows.
+    assert!(stats.of(Kind::Get).requests <= 2 + 1 + 16, "{stats:?}");
+}
+
+#[test]
+fn the_second_tensor_costs_about_its_own_bytes_though_it_begins_where_the_first_one_ends() {
+    for ends_first in [false, true] {
+        let lab = Lab::new();
+        let (_mount, file, begin) = index_read(&lab);
+        around(&file, begin);
+        if ends_first {
+            around(&file, begin + 16 * MIB);
+        }
+        let pages = begin / 4096 * 4096;
+        read_on(&file, pages + (128 << 10), pages + 16 * MIB - (128 << 10));
+        if !ends_first {
+            around(&file, begin + 16 * MIB);
+        }
+        let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+        assert!(fetched <= 16 * MIB + 1024 * 1024, "{ends_first}: {fetched}");
+    }
 }
 
 #[test]

@@ -51,6 +51,12 @@ struct State {
     looks: Progress,
     /// Where the tensor ends that somebody began last.
     begun: Option<u64>,
+    /// Where the tensor ends whose beginning came along with the index, or with the end of the first
+    /// tensor, until that place is touched.
+    along: Option<u64>,
+    /// Where one tensor ends and the next begins, if the last read was around that place and may have
+    /// been for either.
+    doubtful: Option<u64>,
 }
 
 /// What a fetch brings that nobody waits for.
@@ -99,6 +105,8 @@ impl ObjectReader {
                 layout,
                 looks: Progress::default(),
                 begun: None,
+                along: None,
+                doubtful: None,
             }),
         })
     }
@@ -181,7 +189,7 @@ impl ObjectReader {
             drop(gathered);
             gathered = self.gather(wanted.clone()).await;
         };
-        self.learn_layout();
+        self.learn_layout(end);
         self.note_served(end - offset);
         Ok(segments)
     }
@@ -379,8 +387,9 @@ impl ObjectReader {
         });
     }
 
-    /// Reads the format's index as soon as its bytes are in the cache; asks for nothing itself.
-    fn learn_layout(&self) {
+    /// Reads the format's index as soon as its bytes are in the cache, at the latest those of a read up
+    /// to `end`; asks for nothing itself.
+    fn learn_layout(&self, end: u64) {
         let mut state = self.state.lock();
         while let Layout::Unread(format, needed) = &state.layout {
             let format = *format;
@@ -393,7 +402,10 @@ impl ObjectReader {
             };
             state.layout = match plan {
                 Plan::Need(range) if longer(&range) => Layout::Unread(format, range),
-                Plan::Ready(extents) => Layout::Known(format, Arc::new(extents)),
+                Plan::Ready(extents) => {
+                    state.along = extents.containing(end - 1).map(|extent| extent.end);
+                    Layout::Known(format, Arc::new(extents))
+                }
                 other => {
                     tracing::debug!(object = object_name(&state.source), plan = ?other,
                         "read without a plan");

@@ -333,12 +333,13 @@ impl Pattern {
         self.ended.push_back(bytes);
     }
 
-    /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for.
-    pub fn asked(&mut self, front: u64, until: u64) {
+    /// Remembers that everything up to `until` ahead of the stream at `front` has been asked for, and
+    /// its bound, if that is known now.
+    pub fn asked(&mut self, front: u64, until: u64, bound: Option<u64>) {
         let mut streams = self.streams.iter_mut();
-        let found = streams.find(|stream| stream.is_near(&(front..front)));
-        if let Some(stream) = found {
+        if let Some(stream) = streams.find(|stream| stream.is_near(&(front..front))) {
             stream.asked = stream.asked.max(until);
+            stream.bound = bound.unwrap_or(stream.bound);
         }
     }
 
@@ -440,7 +441,7 @@ mod tests {
         let at = place * 1000 * MIB;
         let piece = MIB / 4;
         let first = pattern.note(thread, at..at + piece, 64 * MIB, END, END);
-        pattern.asked(at, first.range.end);
+        pattern.asked(at, first.range.end, None);
         for index in 1..pieces {
             let read = at + index * piece..at + (index + 1) * piece;
             let ahead = pattern.note(thread, read, 64 * MIB, END, END).range;

@@ -24,31 +24,57 @@ const PAGE: u64 = 4096;
 /// The kernel reads around the first page of a tensor that is touched, this far to each side, bytes.
 const EDGE: u64 = 128 << 10;
 
+impl State {
+    /// The tensor that a read is of, if the file has any, and whether it is wanted for certain.
+    ///
+    /// The kernel reads whole pages, and around the page that is touched first: a read around the place
+    /// where one tensor ends and the next begins may be for either. It is for the one that was begun.
+    /// Where the beginning of the one before came along with the index, or with the end of the first
+    /// tensor, what is read next tells. Elsewhere it is for the next one, more likely.
+    fn tensor_of(&mut self, read: &Range<u64>) -> (Option<Range<u64>>, bool) {
+        let doubtful = self.doubtful.take();
+        let Layout::Known(_, extents) = &self.layout else {
+            return (None, false);
+        };
+        let Some(extent) = extents.containing(read.end - 1) else {
+            return (None, false);
+        };
+        let before = extents.containing(read.start);
+        let Some(before) = before.filter(|_| read.start + PAGE < extent.start) else {
+            let was_end = doubtful == Some(extent.end);
+            if was_end {
+                let next = extents.containing(extent.end);
+                self.along = next.map(|next| next.end);
+            }
+            let for_certain = was_end || doubtful == Some(extent.start);
+            return (Some(extent), for_certain);
+        };
+        if doubtful == Some(before.start) {
+            return (Some(before), true);
+        }
+        let border = Some(extent.start);
+        if self.along == border {
+            self.along = None;
+            self.doubtful = border;
+            return (Some(before), false);
+        }
+        let is_begun = self.begun == border;
+        (Some(if is_begun { before } else { extent }), false)
+    }
+}
+
 impl ObjectReader {
     /// Fetches ahead of the reader what the pattern and the format call for, as far as permits
     /// and memory allow; never waits.
     pub(super) fn run_ahead(self: &Arc<Self>, thread: u32, read: Range<u64>) {
         let mut state = self.state.lock();
-        // The kernel reads whole pages: the first byte of a read may still be a neighbour's.
-        let extent = match &state.layout {
-            Layout::Known(format, extents) => {
-                let extent = extents.containing(read.end - 1);
-                let looks = |extent: &Range<u64>| format.looks(&read, extent);
-                if extent.as_ref().is_some_and(looks) {
-                    return;
-                }
-                // Around the last page of a tensor that was begun, it begins no other. Elsewhere it
-                // may as well be around the first page of one.
-                let last = |it: &&Range<u64>| {
-                    read.start + PAGE < it.start && state.begun == Some(it.start)
-                };
-                let around = extent.as_ref().filter(last);
-                around
-                    .and_then(|_| extents.containing(read.start))
-                    .or(extent)
+        if let Layout::Known(format, extents) = &state.layout {
+            let extent = extents.containing(read.end - 1);
+            if extent.is_some_and(|extent| format.looks(&read, &extent)) {
+                return;
             }
-            _ => None,
-        };
+        }
+        let (extent, for_certain) = state.tensor_of(&read);
         let bound = extent.as_ref().map_or(self.size, |extent| extent.end);
         let wasted = state.wasted.swap(0, Ordering::Relaxed);
         if state.pattern.note_waste(&read, wasted) {
@@ -65,21 +91,35 @@ impl ObjectReader {
         let pattern = &mut state.pattern;
         let mut ahead = pattern.note(thread, read.clone(), maximum, bound, self.size);
         // Not who comes from the tensor before: the kernel reads past the end of what was asked.
-        let begun = extent.filter(|extent| ahead.first && read.start <= extent.start + BEGINNING);
+        let begins = |extent: &Range<u64>| {
+            for_certain || ahead.first && read.start <= extent.start + BEGINNING
+        };
+        let begun = extent.filter(begins);
         let mut most = self.most_unread();
+        let mut end = None;
         if let Some(extent) = begun {
             // Some loaders touch each tensor before they read the first: that must not get in the
             // way of whoever reads on.
             most /= 2;
-            if state.begun == Some(extent.start) {
+            let goes_on = state.begun == Some(extent.start);
+            end = for_certain.then_some(if goes_on { self.size } else { extent.end });
+            if goes_on {
                 // One after the other: where the next one begins is touched next.
                 let around = extent.end - EDGE.min(extent.end)..self.size.min(extent.end + EDGE);
                 self.prefetch(&mut state, around, most, false);
             }
             state.begun = Some(extent.end);
             // Whoever begins a tensor reads it to its end: all of it at once.
-            ahead.range = read.end..extent.end.min(read.end + maximum).max(read.end);
+            let from = if read.start <= extent.start + BEGINNING {
+                read.end
+            } else {
+                // What is around its beginning was read before.
+                extent.start + EDGE
+            };
+            ahead.range = from..extent.end.min(from + maximum).max(from);
             ahead.window = ahead.range.end - ahead.range.start;
+            ahead.first |= for_certain;
+            ahead.whole |= for_certain;
         }
         tracing::trace!(?read, ?ahead, bound, "pattern");
         // Its first block was the last of the piece before, and still needed then.
@@ -104,7 +144,7 @@ impl ObjectReader {
             }
             from = to;
         }
-        state.pattern.asked(read.start, from);
+        state.pattern.asked(read.start, from, end);
     }
 
     /// Fetches ahead of a strided reader, as far as permits and memory allow; never waits.
@@ -136,7 +176,8 @@ impl ObjectReader {
     /// Most bytes to run ahead of one stream: enough for all its requests and what has come and is not
     /// read yet, within what all streams may.
     fn maximum_window(&self) -> u64 {
-        let wire = self.requests() * 3 / 2 * REQUEST_SIZE;
+        let requests = self.requests();
+        let wire = (requests + (requests / 2).max(2)) * REQUEST_SIZE;
         wire.min(self.most_unread())
     }
 
