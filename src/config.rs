@@ -126,7 +126,7 @@ pub struct MountArguments {
     pub part_size: Option<u64>,
 
     /// Most uploads in flight, and most prefetches, 1 to 256; of headers in containers, a few KiB each,
-    /// eight times as many
+    /// eight times as many, at most 256
     #[arg(
         long,
         env = "MLFS_TRANSFERS",

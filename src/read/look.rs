@@ -30,6 +30,8 @@ const AHEAD: usize = 128;
 /// Looks at once for each prefetch that there may be: a page is soon there, and what counts is the
 /// time to its first byte.
 const FOR_A_PREFETCH: usize = 8;
+/// Most looks at once.
+const MOST_AT_ONCE: usize = 256;
 /// Most kept, of all objects: 2 MiB, 6 with large buffers. The kernel has the pages that were asked
 /// for.
 const MOST: NonZeroUsize = NonZeroUsize::new(512).unwrap();
@@ -37,6 +39,7 @@ const MOST: NonZeroUsize = NonZeroUsize::new(512).unwrap();
 /// The first pages of one member, once they are there.
 #[derive(Debug)]
 struct Look {
+    content: u64,
     /// Bytes of the object.
     range: Range<u64>,
     bytes: OnceCell<Bytes>,
@@ -73,7 +76,9 @@ impl Looks {
     pub fn new(transfers: usize) -> Self {
         Self {
             kept: Mutex::new(LruCache::new(MOST)),
-            requests: Arc::new(Semaphore::new(transfers * FOR_A_PREFETCH)),
+            requests: Arc::new(Semaphore::new(
+                (transfers * FOR_A_PREFETCH).min(MOST_AT_ONCE),
+            )),
         }
     }
 
@@ -97,7 +102,8 @@ impl Looks {
         progress.pages = progress.pages.max(taken);
         tracing::trace!(?read, header = extent.start, pages = taken, "look");
         let mut kept = self.kept.lock();
-        let known = kept.get(&(content, own.start));
+        // The kernel has what was looked at before: those that nobody has looked at may outlive it.
+        let known = kept.peek(&(content, own.start));
         let known = known.filter(|look| read.end <= look.range.end).cloned();
         if known.is_none() {
             progress.unforeseen += 1;
@@ -108,7 +114,9 @@ impl Looks {
         if progress.unforeseen > 1 || extents.looked_through() {
             for next in extents.after(extent.start).take(AHEAD) {
                 let range = pages(next.start, progress.pages, size);
-                if next.start <= progress.until || kept.contains(&(content, range.start)) {
+                let known = kept.peek(&(content, range.start));
+                let is_known = known.is_some_and(|look| range.end <= look.range.end);
+                if next.start <= progress.until || is_known {
                     continue;
                 }
                 let Ok(permit) = Arc::clone(&self.requests).try_acquire_owned() else {
@@ -120,12 +128,27 @@ impl Looks {
         }
         Some(Looking { own, ahead })
     }
+
+    /// Forgets one that failed: whoever comes there has it fetched anew, and the next ones.
+    fn forget(&self, look: &Arc<Look>) {
+        let key = (look.content, look.range.start);
+        let mut kept = self.kept.lock();
+        if kept
+            .peek(&key)
+            .is_some_and(|known| Arc::ptr_eq(known, look))
+        {
+            kept.pop(&key);
+        }
+    }
 }
 
 fn keep(kept: &mut LruCache<(u64, u64), Arc<Look>>, content: u64, range: Range<u64>) -> Arc<Look> {
     let key = (content, range.start);
-    let bytes = OnceCell::new();
-    let look = Arc::new(Look { range, bytes });
+    let look = Arc::new(Look {
+        content,
+        range,
+        bytes: OnceCell::new(),
+    });
     kept.put(key, Arc::clone(&look));
     look
 }
@@ -147,13 +170,15 @@ impl Looking {
             runtime.spawn(async move {
                 let asked = &reader.metrics.bytes_prefetched;
                 if let Err(error) = look.bytes(&source, asked).await {
+                    reader.looks.forget(&look);
                     tracing::debug!(object = object_name(&source), %error, "not looked ahead");
                 }
                 drop(permit);
             });
         }
         let own = self.own;
-        let bytes = own.bytes(source, &reader.metrics.bytes_demanded).await?;
+        let bytes = own.bytes(source, &reader.metrics.bytes_demanded).await;
+        let bytes = bytes.inspect_err(|_| reader.looks.forget(&own))?;
         let from = (read.start - own.range.start) as usize;
         Ok(bytes.slice(from..(read.end - own.range.start) as usize))
     }

@@ -165,7 +165,9 @@ impl ObjectReader {
         if offset >= end {
             return Ok(Segments::default());
         }
-        if let Some((looking, source)) = self.look(offset..end) {
+        if self.is_look(&(offset..end)).await
+            && let Some((looking, source)) = self.look(offset..end)
+        {
             let bytes = looking.read(&self.reader, &source, offset..end).await?;
             self.note_served(end - offset);
             let mut segments = Segments::default();
@@ -198,19 +200,36 @@ impl ObjectReader {
         (self.reader.metrics.bytes_served).fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Whether a read only looks at how a member begins, and its blocks are neither here nor on their
+    /// way here.
+    async fn is_look(&self, read: &Range<u64>) -> bool {
+        let blocks = read.start / BLOCK_SIZE..read.end.div_ceil(BLOCK_SIZE);
+        {
+            let state = self.state.lock();
+            let Layout::Known(format, extents) = &state.layout else {
+                return false;
+            };
+            let extent = extents.containing(read.end - 1);
+            let looks = extent.is_some_and(|extent| format.looks(read, &extent));
+            if !looks || self.gaps(&state, blocks.clone(), None).is_empty() {
+                return false;
+            }
+        }
+        let disk = self.reader.disk.as_ref();
+        match disk.and_then(|disk| disk.object(&self.source())) {
+            Some(disk) => !disk.missing(blocks).await.is_empty(),
+            None => true,
+        }
+    }
+
     /// How to serve a read that only looks at how a member begins.
     fn look(&self, read: Range<u64>) -> Option<(Looking, Source)> {
         let mut state = self.state.lock();
         let State { layout, looks, .. } = &mut *state;
-        let Layout::Known(format, extents) = layout else {
+        let Layout::Known(_, extents) = layout else {
             return None;
         };
         let extent = extents.containing(read.end - 1)?;
-        let mut blocks = read.start / BLOCK_SIZE..read.end.div_ceil(BLOCK_SIZE);
-        let is_there = |index| self.reader.cache.contains(self.content, index);
-        if !format.looks(&read, &extent) || blocks.all(is_there) {
-            return None;
-        }
         let kept = &self.reader.looks;
         let looking = kept.plan(self.content, &read, &extent, extents, self.size, looks)?;
         Some((looking, state.source.clone()))

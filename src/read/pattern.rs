@@ -319,7 +319,7 @@ impl Pattern {
         let behind = own.kept.next_multiple_of(BLOCK_SIZE)..own.front;
         let is_whole = own.has_read(4);
         if is_whole {
-            own.kept = own.front;
+            own.kept = own.kept.max(own.front);
         }
         let consumed = own.consumed;
         self.note_length(consumed);

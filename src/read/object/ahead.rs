@@ -46,7 +46,8 @@ impl State {
                 let next = extents.containing(extent.end);
                 self.along = next.map(|next| next.end);
             }
-            let for_certain = was_end || doubtful == Some(extent.start);
+            let is_either = was_end || doubtful == Some(extent.start);
+            let for_certain = is_either && read.start <= extent.start + BEGINNING;
             return (Some(extent), for_certain);
         };
         if doubtful == Some(before.start) {
@@ -90,6 +91,10 @@ impl ObjectReader {
         }
         let pattern = &mut state.pattern;
         let mut ahead = pattern.note(thread, read.clone(), maximum, bound, self.size);
+        if !ahead.first {
+            // It comes from before, and goes on.
+            state.doubtful = None;
+        }
         // Not who comes from the tensor before: the kernel reads past the end of what was asked.
         let begins = |extent: &Range<u64>| {
             for_certain || ahead.first && read.start <= extent.start + BEGINNING
@@ -119,7 +124,6 @@ impl ObjectReader {
             ahead.range = from..extent.end.min(from + maximum).max(from);
             ahead.window = ahead.range.end - ahead.range.start;
             ahead.first |= for_certain;
-            ahead.whole |= for_certain;
         }
         tracing::trace!(?read, ?ahead, bound, "pattern");
         // Its first block was the last of the piece before, and still needed then.

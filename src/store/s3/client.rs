@@ -30,7 +30,7 @@ use crate::store::location::without_credentials;
 const ATTEMPTS: u32 = 6;
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 /// The SDK gives retries up when many requests of one client have failed: a quota, made for clients
-/// that must not make an outage worse. A mount's requests are bounded by `--transfers` and by
+/// that must not make an outage worse. A mount's requests are bounded, by `--transfers` mostly, and by
 /// [`ATTEMPTS`], and each that fails is somebody's file: the quota is out of reach, and what an
 /// outage took of it comes back by itself, tokens a second.
 const RETRY_QUOTA: usize = 100_000;
