@@ -54,8 +54,8 @@ struct State {
     /// Where the tensor ends whose beginning came along with the index, or with the end of the first
     /// tensor, until that place is touched.
     along: Option<u64>,
-    /// Where one tensor ends and the next begins, if the last read was around that place and may have
-    /// been for either.
+    /// Where one tensor ends and the next begins, if a read was around that place and may have been for
+    /// either.
     doubtful: Option<u64>,
 }
 

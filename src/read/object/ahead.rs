@@ -32,7 +32,7 @@ impl State {
     /// Where the beginning of the one before came along with the index, or with the end of the first
     /// tensor, what is read next tells. Elsewhere it is for the next one, more likely.
     fn tensor_of(&mut self, read: &Range<u64>) -> (Option<Range<u64>>, bool) {
-        let doubtful = self.doubtful.take();
+        let doubtful = self.doubtful;
         let Layout::Known(_, extents) = &self.layout else {
             return (None, false);
         };
@@ -42,15 +42,17 @@ impl State {
         let before = extents.containing(read.start);
         let Some(before) = before.filter(|_| read.start + PAGE < extent.start) else {
             let was_end = doubtful == Some(extent.end);
-            if was_end {
-                let next = extents.containing(extent.end);
-                self.along = next.map(|next| next.end);
-            }
             let is_either = was_end || doubtful == Some(extent.start);
             let for_certain = is_either && read.start <= extent.start + BEGINNING;
+            if for_certain {
+                self.doubtful = None;
+                let next = extents.containing(extent.end).filter(|_| was_end);
+                self.along = next.map(|next| next.end);
+            }
             return (Some(extent), for_certain);
         };
         if doubtful == Some(before.start) {
+            self.doubtful = None;
             return (Some(before), true);
         }
         let border = Some(extent.start);
@@ -75,6 +77,7 @@ impl ObjectReader {
                 return;
             }
         }
+        let doubtful = state.doubtful;
         let (extent, for_certain) = state.tensor_of(&read);
         let bound = extent.as_ref().map_or(self.size, |extent| extent.end);
         let wasted = state.wasted.swap(0, Ordering::Relaxed);
@@ -91,7 +94,7 @@ impl ObjectReader {
         }
         let pattern = &mut state.pattern;
         let mut ahead = pattern.note(thread, read.clone(), maximum, bound, self.size);
-        if !ahead.first {
+        if !ahead.first && state.doubtful != doubtful {
             // It comes from before, and goes on.
             state.doubtful = None;
         }
