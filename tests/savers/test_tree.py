@@ -431,7 +431,9 @@ def test_a_shell_script_does_what_log_model_does(made):
         assert made.server.client(TOLD) == "told"
         run = root / "experiments" / "by%2Fhand" / "run one"
         assert (run / "note.txt").read_text() == "text\n"
-        assert sorted(os.listdir(run)) == ["broken", "clf", "note.txt", "with"]
+        # Other processes made the models: they are seen within the metadata TTL.
+        entries = ["broken", "clf", "note.txt", "with"]
+        wait_until("the models to be seen", lambda: sorted(os.listdir(run)) == entries)
         assert os.listdir(run / "with") == ["folders"]
         assert "run one" in os.listdir(root / "experiments" / "by%2Fhand")
         # What others have made since nothing was there.
