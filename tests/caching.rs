@@ -386,10 +386,7 @@ fn what_is_fetched_and_then_read_from_disk_stays_within_the_memory() {
         size
     );
     assert_eq!(got(&lab), size);
-    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
-    let peak = status.lines().find(|line| line.starts_with("VmHWM"));
-    let kibibytes = peak.and_then(|line| line.split_whitespace().nth(1));
-    let peak = kibibytes.unwrap().parse::<u64>().unwrap() / 1024;
+    let peak = mount.memory("VmHWM");
     assert!(peak <= 512 + 128, "{peak} MiB");
 }
 

@@ -3,9 +3,9 @@
 mod harness;
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 
-use harness::{BUCKET, Lab, Mount, PREFIX, noise, safetensors_head, wait_until};
+use harness::{BUCKET, Lab, PREFIX, noise, safetensors_head, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 const MIB: u64 = 1 << 20;
@@ -17,12 +17,16 @@ fn container(members: &[Vec<u8>]) -> (Vec<u8>, Vec<u64>) {
     container_of(members, |number| format!("archive/data/{number:04}"))
 }
 
-/// The same, as torch names them.
-fn container_of_torchs(members: &[Vec<u8>]) -> (Vec<u8>, Vec<u64>) {
-    container_of(members, |number| match number {
+/// Stores `model.pt` with so many members of 200 KiB that are named as torch does; what it is, and where
+/// each of them begins.
+fn put_torchs(lab: &Lab, members: u64) -> (Vec<u8>, Vec<u64>) {
+    let members: Vec<Vec<u8>> = (0..members).map(|_| noise(200 * 1024)).collect();
+    let (bytes, begins) = container_of(&members, |number| match number {
         0 => "archive/data.pkl".to_owned(),
         number => format!("archive/data/{:04}", number - 1),
-    })
+    });
+    lab.put("model.pt", bytes.clone());
+    (bytes, begins)
 }
 
 fn container_of(members: &[Vec<u8>], name: impl Fn(usize) -> String) -> (Vec<u8>, Vec<u64>) {
@@ -61,13 +65,6 @@ fn container_of(members: &[Vec<u8>], name: impl Fn(usize) -> String) -> (Vec<u8>
     (file, begins)
 }
 
-/// Opens a file so that what is read of it is just what is asked for, without readahead.
-fn open_direct(mount: &Mount<'_>, name: &str) -> File {
-    let mut options = File::options();
-    let direct = options.read(true).custom_flags(libc::O_DIRECT);
-    direct.open(mount.at(name)).unwrap()
-}
-
 fn read(file: &File, offset: u64, length: usize) -> Vec<u8> {
     let mut buffer = vec![0; length];
     file.read_exact_at(&mut buffer, offset).unwrap();
@@ -92,7 +89,7 @@ fn a_member_of_a_container_costs_about_its_own_bytes() {
     let (bytes, begins) = container(&members);
     lab.put("model.pt", bytes.clone());
     let mount = lab.mount();
-    let file = open_direct(&mount, "model.pt");
+    let file = mount.open_direct("model.pt");
     read_directory(&file, bytes.len());
     for number in [5, 2] {
         let before = fetched(&lab);
@@ -117,7 +114,7 @@ fn headers_of_a_container_are_looked_at_side_by_side_and_cost_their_pages() {
     let (bytes, begins) = container(&members);
     lab.put("model.pt", bytes.clone());
     let mount = lab.mount();
-    let file = open_direct(&mount, "model.pt");
+    let file = mount.open_direct("model.pt");
     read_directory(&file, bytes.len());
     let (requests, cost) = (lab.s3.stats().of(Kind::Get).requests, fetched(&lab));
     read(&file, begins[0], 4096);
@@ -135,14 +132,12 @@ fn headers_of_a_container_are_looked_at_side_by_side_and_cost_their_pages() {
 
 #[test]
 fn a_container_of_torchs_is_looked_through_from_the_first_look_on() {
-    const MEMBERS: usize = 40;
+    const MEMBERS: u64 = 40;
     let lab = Lab::new();
-    let members: Vec<Vec<u8>> = (0..MEMBERS).map(|_| noise(200 * 1024)).collect();
-    let (bytes, begins) = container_of_torchs(&members);
-    lab.put("model.pt", bytes.clone());
+    let (bytes, begins) = put_torchs(&lab, MEMBERS);
     // More of them at once than whole requests.
     let mount = lab.mount_with(&["--transfers", "4"]);
-    let file = open_direct(&mount, "model.pt");
+    let file = mount.open_direct("model.pt");
     // What is read of its beginning comes in one request, with what is read next.
     read(&file, 0, 4096);
     read(&file, 4096, 60 << 10);
@@ -150,7 +145,7 @@ fn a_container_of_torchs_is_looked_through_from_the_first_look_on() {
     read_directory(&file, bytes.len());
     assert_eq!(lab.s3.stats().of(Kind::Get).requests, 2);
     lab.s3.reset_stats();
-    let others = MEMBERS as u64 - 1;
+    let others = MEMBERS - 1;
     std::thread::scope(|scope| {
         lab.s3.hold(Kind::Get);
         scope.spawn(|| read(&file, begins[1], 4096));
@@ -169,9 +164,7 @@ fn a_container_of_torchs_is_looked_through_from_the_first_look_on() {
 #[test]
 fn what_is_looked_at_is_read_from_the_disk_cache_if_it_is_there() {
     let lab = Lab::new();
-    let members: Vec<Vec<u8>> = (0..8).map(|_| noise(200 * 1024)).collect();
-    let (bytes, begins) = container_of_torchs(&members);
-    lab.put("model.pt", bytes.clone());
+    let (bytes, begins) = put_torchs(&lab, 8);
     let folder = lab.empty_folder();
     let flags = ["--cache-dir", folder.to_str().unwrap()];
     let mount = lab.mount_with(&flags);
@@ -181,7 +174,7 @@ fn what_is_looked_at_is_read_from_the_disk_cache_if_it_is_there() {
     drop(mount);
     let requests = lab.s3.stats().of(Kind::Get).requests;
     let mount = lab.mount_with(&flags);
-    let file = open_direct(&mount, "model.pt");
+    let file = mount.open_direct("model.pt");
     read_directory(&file, bytes.len());
     for begin in &begins {
         assert_eq!(read(&file, *begin, 4096), bytes[*begin as usize..][..4096]);
@@ -193,11 +186,9 @@ fn what_is_looked_at_is_read_from_the_disk_cache_if_it_is_there() {
 fn looks_that_failed_are_fetched_ahead_again() {
     const MEMBERS: u64 = 20;
     let lab = Lab::new();
-    let members: Vec<Vec<u8>> = (0..MEMBERS).map(|_| noise(200 * 1024)).collect();
-    let (bytes, begins) = container_of_torchs(&members);
-    lab.put("model.pt", bytes.clone());
+    let (bytes, begins) = put_torchs(&lab, MEMBERS);
     let mount = lab.mount_with(&["--log-level", "debug"]);
-    let file = open_direct(&mount, "model.pt");
+    let file = mount.open_direct("model.pt");
     read(&file, 0, 4096);
     read_directory(&file, bytes.len());
     let others = MEMBERS as usize - 2;
@@ -222,11 +213,9 @@ fn looks_that_failed_are_fetched_ahead_again() {
 #[test]
 fn looks_with_a_larger_buffer_cost_its_pages() {
     let lab = Lab::new();
-    let members: Vec<Vec<u8>> = (0..20).map(|_| noise(200 * 1024)).collect();
-    let (bytes, begins) = container_of_torchs(&members);
-    lab.put("model.pt", bytes.clone());
+    let (bytes, begins) = put_torchs(&lab, 20);
     let mount = lab.mount();
-    let file = open_direct(&mount, "model.pt");
+    let file = mount.open_direct("model.pt");
     read(&file, 0, 4096);
     read_directory(&file, bytes.len());
     let cost = fetched(&lab);
@@ -261,7 +250,7 @@ fn a_tensor_of_a_gguf_file_costs_about_its_own_bytes() {
     lab.s3
         .put_generated(BUCKET, &key, head, start + 16 * tensor);
     let mount = lab.mount();
-    let file = open_direct(&mount, "model.gguf");
+    let file = mount.open_direct("model.gguf");
     read(&file, 0, 32 << 10);
     let before = fetched(&lab);
     for piece in 0..64 {
@@ -281,7 +270,7 @@ fn who_touches_each_tensor_before_reading_the_first_is_sent_no_byte_twice() {
     let key = format!("{PREFIX}/model.safetensors");
     lab.s3.put_generated(BUCKET, &key, head, size);
     let mount = lab.mount_with(&["--memory", "256MiB"]);
-    let file = open_direct(&mount, "model.safetensors");
+    let file = mount.open_direct("model.safetensors");
     read(&file, 0, 32 << 10);
     for number in 0..count {
         read(&file, start + number * tensor, 4096);

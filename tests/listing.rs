@@ -35,14 +35,6 @@ fn forget_names(mount: &Mount<'_>) {
     assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Memory of the mount's process, MiB.
-fn memory(mount: &Mount<'_>) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS"));
-    let kibibytes = line.and_then(|line| line.split_whitespace().nth(1));
-    kibibytes.unwrap().parse::<u64>().unwrap() / 1024
-}
-
 fn run(program: &str, arguments: &[&str], path: &Path) -> String {
     let output = Command::new(program).args(arguments).arg(path).output();
     let output = output.unwrap();
@@ -156,7 +148,7 @@ fn what_a_listing_took_is_given_back_once_nobody_looks_any_more() {
     forget_names(&mount);
     let inodes = || mount.status()["inodes"].as_u64().unwrap();
     wait_until("the inodes to be forgotten", || inodes() < 100);
-    assert!(memory(&mount) < 250, "{} MiB", memory(&mount));
+    assert!(mount.memory("VmRSS") < 250, "{} MiB", mount.memory("VmRSS"));
 }
 
 #[test]

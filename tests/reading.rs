@@ -4,7 +4,7 @@ mod harness;
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::thread;
 
 use harness::{BUCKET, Lab, Mount, PREFIX, errno, noise, safetensors_head, wait_until};
@@ -59,9 +59,7 @@ fn what_a_reader_has_left_behind_is_let_go_of_wherever_it_began() {
         .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
     // Just as it is read here, without the kernel's readahead: no read begins where a block does.
-    let mut options = File::options();
-    let direct = options.read(true).custom_flags(libc::O_DIRECT);
-    let file = direct.open(mount.at("big")).unwrap();
+    let file = mount.open_direct("big");
     let mut buffer = vec![0; 128 * 1024];
     let mut at = 4096;
     while at < size {
@@ -78,9 +76,7 @@ fn a_block_that_two_readers_share_is_fetched_once() {
     lab.s3
         .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
-    let mut options = File::options();
-    let direct = options.read(true).custom_flags(libc::O_DIRECT);
-    let file = direct.open(mount.at("big")).unwrap();
+    let file = mount.open_direct("big");
     // One reads the second half, and has gone far when the other comes to its beginning.
     let middle = size / 2 + 12 * 1024;
     let mut buffer = vec![0; 128 * 1024];
@@ -149,9 +145,7 @@ fn index_read(lab: &Lab) -> (Mount<'_>, File, u64) {
     let size = start + 8 * 16 * MIB;
     lab.s3.put_generated(BUCKET, &key, head, size);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
-    let mut options = File::options();
-    let direct = options.read(true).custom_flags(libc::O_DIRECT);
-    let file = direct.open(mount.at("model.safetensors")).unwrap();
+    let file = mount.open_direct("model.safetensors");
     around(&file, 0);
     (mount, file, start + 16 * MIB)
 }
@@ -216,9 +210,7 @@ fn what_the_kernel_reads_around_a_tensors_last_page_does_not_begin_the_next_one(
     let size = head.len() as u64 + 64 * tensor;
     lab.s3.put_generated(BUCKET, &key, head, size);
     let mount = lab.mount();
-    let mut options = File::options();
-    let direct = options.read(true).custom_flags(libc::O_DIRECT);
-    let file = direct.open(mount.at("m.safetensors")).unwrap();
+    let file = mount.open_direct("m.safetensors");
     let page = |offset: u64| offset / 4096 * 4096;
     let around = 128 << 10;
     let mut piece = vec![0; around as usize];
@@ -243,9 +235,7 @@ fn random_reads_that_are_all_alike_are_fetched_whole_at_their_first_touch() {
         .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
     let mount = lab.mount();
     // In pieces, as the kernel asks for a read of 1 MiB.
-    let mut options = File::options();
-    let direct = options.read(true).custom_flags(libc::O_DIRECT);
-    let file = direct.open(mount.at("big")).unwrap();
+    let file = mount.open_direct("big");
     let mut piece = vec![0; 128 * 1024];
     let mut read = |place: u64, pieces: std::ops::Range<u64>| {
         for index in pieces {

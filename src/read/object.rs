@@ -406,8 +406,8 @@ impl ObjectReader {
         });
     }
 
-    /// Reads the format's index as soon as its bytes are in the cache, at the latest those of a read up
-    /// to `end`; asks for nothing itself.
+    /// Reads the format's index as soon as its bytes are in the cache, after a read that went up to
+    /// `end`; asks for nothing itself.
     fn learn_layout(&self, end: u64) {
         let mut state = self.state.lock();
         while let Layout::Unread(format, needed) = &state.layout {

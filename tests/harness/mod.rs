@@ -7,6 +7,7 @@ pub mod journaled;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -216,6 +217,21 @@ impl Mount<'_> {
 
     pub fn pid(&self) -> i32 {
         self.status()["pid"].as_i64().expect("a pid") as i32
+    }
+
+    /// A line of what the kernel says of the process's memory, MiB: `VmRSS`, or `VmHWM` for its peak.
+    pub fn memory(&self, line: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|it| it.starts_with(line));
+        let kibibytes = line.and_then(|line| line.split_whitespace().nth(1));
+        kibibytes.unwrap().parse::<u64>().unwrap() / 1024
+    }
+
+    /// Opens a file so that what is read of it is just what is asked for, without readahead.
+    pub fn open_direct(&self, path: &str) -> std::fs::File {
+        let mut options = std::fs::File::options();
+        let direct = options.read(true).custom_flags(libc::O_DIRECT);
+        direct.open(self.at(path)).unwrap()
     }
 }
 
