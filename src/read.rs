@@ -44,6 +44,9 @@ pub use object::ObjectReader;
 /// block too many at each end, and this is small beside what the kernel's own readahead adds.
 pub const BLOCK_SIZE: u64 = 32 * 1024;
 
+/// The kernel's page, bytes.
+const PAGE: u64 = 4096;
+
 /// Bytes of the kernel's readahead in a file that may be read at random: it gets about so many beyond
 /// the end of each read, in vain. 256 random reads of 1 MiB fetch 1.19 times their bytes with this,
 /// 1.27 with the kernel's usual 128 KiB: a MiB that begins anywhere lies on a page more than eight

@@ -179,6 +179,22 @@ fn the_first_tensor_costs_about_its_own_bytes_though_its_end_is_touched_first() 
 }
 
 #[test]
+fn the_first_tensor_costs_about_its_own_bytes_though_its_middle_is_read_with_its_beginning() {
+    let lab = Lab::new();
+    let (_mount, file, end) = index_read(&lab);
+    // As torch copies it, with two threads.
+    let half = end / 8192 * 4096;
+    let mut piece = vec![0; 256 << 10];
+    for at in (128 << 10..half - (128 << 10)).step_by(256 << 10) {
+        file.read_exact_at(&mut piece, at).unwrap();
+        file.read_exact_at(&mut piece, half + at - (128 << 10))
+            .unwrap();
+    }
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert!(fetched <= 16 * MIB + 512 * 1024, "{fetched}");
+}
+
+#[test]
 fn the_second_tensor_costs_about_its_own_bytes_though_it_begins_where_the_first_one_ends() {
     // What is touched of it second: what follows, its end, or its middle, as torch's second thread does.
     for second in ["next", "end", "middle"] {
@@ -198,6 +214,21 @@ fn the_second_tensor_costs_about_its_own_bytes_though_it_begins_where_the_first_
         let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
         assert!(fetched <= 16 * MIB + 1024 * 1024, "{second}: {fetched}");
     }
+}
+
+#[test]
+fn the_last_read_of_a_tensor_waits_for_nothing() {
+    let lab = Lab::new();
+    let (mount, file, begin) = index_read(&lab);
+    let demanded = || mount.status()["read"]["bytes_demanded"].as_u64().unwrap();
+    // The third one; its last read goes 128 KiB past its end.
+    let pages = (begin + 16 * MIB) / 4096 * 4096;
+    around(&file, pages);
+    let before = demanded();
+    read_on(&file, pages + (128 << 10), pages + 16 * MIB + (128 << 10));
+    assert_eq!(demanded(), before);
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert!(fetched <= 16 * MIB + 1024 * 1024, "{fetched}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ const COPIED: u64 = 2 << 20;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Origin<'a> {
     pub source: &'a Source,
-    /// Is told how long answers take.
+    /// Is told where the blocks were, and how long answers take.
     pub distance: &'a Distance,
 }
 
@@ -128,6 +128,7 @@ impl Fetch {
                 Found::Run(run) => {
                     let from_disk = &reader.metrics.bytes_from_disk;
                     rest.start += run.len() as u64;
+                    origin.distance.note_disk();
                     for bytes in run {
                         let length = bytes.len() as u64;
                         from_disk.fetch_add(length, Ordering::Relaxed);

@@ -17,10 +17,9 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 
 use super::fetch::object_name;
 use super::plan::Extents;
-use super::{Reader, Source};
+use super::{PAGE, Reader, Source};
 use crate::store::{StoreError, StoreResult};
 
-const PAGE: u64 = 4096;
 /// A header and its name, bytes: torch's are shorter.
 const HEADER: u64 = 128;
 /// A reader with a buffer of 8 KiB, wherever in a page it begins. Longer reads are no looks.

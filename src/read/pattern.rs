@@ -14,7 +14,7 @@ mod stride;
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::BLOCK_SIZE;
+use super::{BLOCK_SIZE, PAGE};
 use limit::Limit;
 pub(super) use stride::Strided;
 use stride::Strides;
@@ -68,6 +68,8 @@ struct Stream {
     front: u64,
     /// Bytes read since the stream began.
     consumed: u64,
+    /// Bytes of the last read.
+    length: u64,
     window: u64,
     /// Everything before this has been asked for ahead of time.
     asked: u64,
@@ -139,6 +141,8 @@ pub(super) struct Ahead {
     pub first: bool,
     /// All of the range is wanted, however small its rest.
     pub whole: bool,
+    /// Nothing is to be fetched behind the range.
+    pub last: bool,
 }
 
 impl Ahead {
@@ -155,6 +159,16 @@ impl Ahead {
         // Of a window that moves, a third has come and is about to be read.
         let halves = if self.first { 2 } else { 3 };
         (window * 2 / (requests * halves)).clamp(least, most)
+    }
+}
+
+/// How far the last read of what ends at `end` goes past that, bytes, if it is as long as `read`, and
+/// all in between are.
+fn overrun(read: &Range<u64>, end: u64) -> u64 {
+    let length = read.end - read.start;
+    match end.saturating_sub(read.end) % length {
+        0 => 0,
+        rest => length - rest,
     }
 }
 
@@ -229,6 +243,7 @@ impl Pattern {
                 start: read.start,
                 front: read.end,
                 consumed: read.end - read.start,
+                length: read.end - read.start,
                 window: 0,
                 asked: read.end,
                 bound: bound.max(read.end),
@@ -247,6 +262,7 @@ impl Pattern {
                 behind,
                 first: true,
                 whole: true,
+                last: false,
             };
         };
         let length = read.end - read.start;
@@ -255,6 +271,11 @@ impl Pattern {
             stream.bound = bound;
         }
         stream.inside |= bound < size;
+        let is_regular = read.start == stream.front
+            && stream.length == length
+            && read.start.is_multiple_of(PAGE)
+            && length.is_multiple_of(PAGE);
+        stream.length = length;
         stream.consumed += length;
         stream.front = stream.front.max(read.end);
         stream.touched = clock;
@@ -276,7 +297,18 @@ impl Pattern {
         let from = stream.asked.max(stream.front);
         // A few pages further is the kernel's readahead.
         (stream.expected).take_if(|until| stream.front >= until.saturating_add(AROUND));
-        let until = stream.front.saturating_add(window).min(stream.bound);
+        // Readahead is of whole pages, and is answered when all of it is there.
+        let past = if is_regular {
+            overrun(&read, stream.bound)
+        } else {
+            0
+        };
+        let end = (stream.bound + past).min(size);
+        let until = if stream.asked >= stream.bound {
+            end
+        } else {
+            stream.front.saturating_add(window).min(end)
+        };
         // Not all of that may have been possible when it began.
         let to = stream
             .expected
@@ -292,6 +324,7 @@ impl Pattern {
             behind,
             first,
             whole: stream.expected.is_some(),
+            last: to >= end,
         }
     }
 
@@ -343,6 +376,15 @@ impl Pattern {
         }
     }
 
+    /// A tensor is read at several places at once: a stream that is in it, and began before it was known
+    /// where that ends, is bound to it, too.
+    pub fn bind(&mut self, tensor: &Range<u64>) {
+        let inside = |stream: &&mut Stream| tensor.contains(&stream.front);
+        for stream in self.streams.iter_mut().filter(inside) {
+            stream.bound = stream.bound.min(tensor.end);
+        }
+    }
+
     fn begin(&mut self, stream: Stream) {
         if self.streams.len() < STREAMS {
             self.streams.push(stream);
@@ -359,242 +401,4 @@ impl Pattern {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MIB: u64 = 1 << 20;
-    const END: u64 = 1 << 40;
-
-    #[test]
-    fn the_first_touch_of_a_place_fetches_nothing_ahead() {
-        let mut pattern = Pattern::default();
-        for place in [0, 500, 3, 900, 77] {
-            let at = place * 100 * MIB;
-            assert!(
-                pattern
-                    .note(0, at..at + MIB, 64 * MIB, END, END)
-                    .range
-                    .is_empty()
-            );
-        }
-    }
-
-    #[test]
-    fn a_sequential_reader_gets_a_window_that_grows_up_to_the_maximum() {
-        let mut pattern = Pattern::default();
-        let mut windows = Vec::new();
-        for index in 0..400 {
-            windows.push(
-                pattern
-                    .note(0, index * MIB..(index + 1) * MIB, 64 * MIB, END, END)
-                    .window,
-            );
-        }
-        assert_eq!(windows[0], 0);
-        assert_eq!(windows[1], 8 * MIB);
-        assert!(windows.is_sorted());
-        assert_eq!(*windows.last().unwrap(), 64 * MIB);
-    }
-
-    #[test]
-    fn who_begins_at_the_first_byte_and_goes_on_is_run_ahead_of_at_once() {
-        let mut pattern = Pattern::default();
-        let piece = MIB / 8;
-        let mut ahead = |index: u64| {
-            let read = index * piece..(index + 1) * piece;
-            pattern.note(0, read, 64 * MIB, END, END).range
-        };
-        // The kernel's readahead of one page makes as much.
-        assert!(ahead(0).is_empty() && ahead(1).is_empty());
-        assert_eq!(ahead(2), 3 * piece..6 * piece);
-    }
-
-    #[test]
-    fn a_random_read_that_comes_in_pieces_is_no_stream() {
-        let mut pattern = Pattern::default();
-        for place in [700, 20, 510] {
-            for piece in 0..8 {
-                let at = place * MIB + piece * MIB / 8;
-                let ahead = pattern.note(0, at..at + MIB / 8, 64 * MIB, END, END);
-                assert!(ahead.range.is_empty());
-            }
-        }
-    }
-
-    #[test]
-    fn a_window_stays_inside_its_tensor_until_the_reader_has_left_it() {
-        let mut pattern = Pattern::default();
-        for index in 0..33 {
-            let ahead = pattern.note(0, index * MIB..(index + 1) * MIB, 64 * MIB, 32 * MIB, END);
-            assert!(ahead.range.is_empty() || ahead.range.end <= 32 * MIB);
-        }
-        // It reads on: the next tensor is not the last one either.
-        for index in 33..36 {
-            pattern.note(0, index * MIB..(index + 1) * MIB, 64 * MIB, 40 * MIB, END);
-        }
-        let ahead = pattern.note(0, 36 * MIB..37 * MIB, 64 * MIB, 40 * MIB, END);
-        assert!(ahead.range.end > 40 * MIB);
-    }
-
-    /// A thread reads `pieces` of 256 KiB at a place of its own; what the first one says.
-    fn random_read(pattern: &mut Pattern, thread: u32, place: u64, pieces: u64) -> Ahead {
-        let at = place * 1000 * MIB;
-        let piece = MIB / 4;
-        let first = pattern.note(thread, at..at + piece, 64 * MIB, END, END);
-        pattern.asked(at, first.range.end, None);
-        for index in 1..pieces {
-            let read = at + index * piece..at + (index + 1) * piece;
-            let ahead = pattern.note(thread, read, 64 * MIB, END, END).range;
-            assert!(ahead.is_empty(), "{ahead:?}");
-        }
-        first
-    }
-
-    /// Who reads at random gets all of a read at once after `before` of them, and no longer when
-    /// lengths differ.
-    fn check_random_reads(before: usize, thread: impl Fn(u64) -> u32) {
-        let mut pattern = Pattern::default();
-        for place in 1..=before as u64 {
-            let first = random_read(&mut pattern, thread(place), place, 6);
-            assert!(first.range.is_empty());
-        }
-        let ahead = random_read(&mut pattern, thread(0), 100, 6);
-        let at = 100 * 1000 * MIB;
-        assert_eq!(ahead.range, at + MIB / 4..at + 6 * MIB / 4);
-        assert!(ahead.whole);
-        for place in 0..(STREAMS + ENDED) as u64 {
-            random_read(&mut pattern, thread(place), 200 + place, place % 6 + 1);
-        }
-        let ahead = random_read(&mut pattern, thread(0), 300, 1);
-        assert!(ahead.range.is_empty());
-    }
-
-    #[test]
-    fn random_reads_of_one_length_are_fetched_whole_once_there_were_enough() {
-        check_random_reads(STREAMS + ENDED_AT_LEAST, |_| 0);
-    }
-
-    #[test]
-    fn a_thread_that_begins_elsewhere_has_ended_what_it_read_before() {
-        check_random_reads(ENDED_AT_LEAST, |_| 7);
-        // Each of three ends one when it begins its next.
-        check_random_reads(ENDED_AT_LEAST + 2, |place| 1 + (place % 3) as u32);
-    }
-
-    #[test]
-    fn who_begins_elsewhere_has_left_behind_whole_blocks_of_what_he_read() {
-        let elsewhere = |thread, reads: &[Range<u64>]| {
-            let mut pattern = Pattern::default();
-            for read in reads {
-                pattern.note(thread, read.clone(), 64 * MIB, END, END);
-            }
-            let read = 1000 * MIB..1001 * MIB;
-            pattern.note(thread, read, 64 * MIB, END, END).behind
-        };
-        let (begin, page) = (MIB + 4096, 4096);
-        let whole = [begin..begin + MIB / 2, begin + MIB / 2..begin + MIB];
-        assert_eq!(elsewhere(7, &whole), MIB + BLOCK_SIZE..2 * MIB + page);
-        // It is not known who reads.
-        assert!(elsewhere(0, &whole).is_empty());
-        // He left something out, or read no block as a whole.
-        let gap = [begin..begin + MIB / 2, begin + MIB..begin + 3 * MIB / 2];
-        assert!(elsewhere(7, &gap).is_empty());
-        assert!(elsewhere(7, &[begin..begin + page, begin..begin + 5 * page]).is_empty());
-    }
-
-    #[test]
-    fn a_page_past_what_was_expected_begins_no_run() {
-        let mut pattern = Pattern::default();
-        let page = 4096;
-        for place in 1..=8 {
-            random_read(&mut pattern, 7, place, 6);
-        }
-        let first = random_read(&mut pattern, 7, 100, 6);
-        assert!(!first.range.is_empty());
-        let end = 100 * 1000 * MIB + 6 * MIB / 4;
-        let past = |pattern: &mut Pattern, read| pattern.note(7, read, 64 * MIB, END, END).range;
-        assert!(past(&mut pattern, end..end + page).is_empty());
-        assert!(past(&mut pattern, end + page..end + MIB / 8).is_empty());
-        // Who goes on is run ahead of.
-        assert!(!past(&mut pattern, end + MIB / 8..end + MIB / 2).is_empty());
-    }
-
-    #[test]
-    fn who_hardly_touched_the_tensor_before_begins_the_one_he_goes_on_with() {
-        let mut pattern = Pattern::default();
-        let begins = 64 * MIB;
-        let around = begins - 64 * 1024..begins - 4096;
-        assert!(pattern.note(0, around, 64 * MIB, begins, END).first);
-        let on = begins + 4096..begins + 64 * 1024;
-        assert!(pattern.note(0, on.clone(), 64 * MIB, 2 * begins, END).first);
-        assert!(!pattern.note(0, on, 64 * MIB, 2 * begins, END).first);
-        // The kernel's readahead of the one before is no beginning.
-        for mebibyte in 128..192 {
-            let read = mebibyte * MIB..(mebibyte + 1) * MIB;
-            pattern.note(0, read, 64 * MIB, 192 * MIB, END);
-        }
-        let past = 192 * MIB..192 * MIB + 128 * 1024;
-        assert!(!pattern.note(0, past, 64 * MIB, 256 * MIB, END).first);
-    }
-
-    #[test]
-    fn a_mapping_faulted_backwards_inside_each_mebibyte_is_sequential() {
-        let mut pattern = Pattern::default();
-        let step = 128 * 1024;
-        let mut window = 0;
-        for mebibyte in 0..64 {
-            for part in (0..8).rev() {
-                let at = mebibyte * MIB + part * step;
-                window = pattern.note(0, at..at + step, 64 * MIB, END, END).window;
-            }
-        }
-        assert!(window >= 16 * MIB);
-    }
-
-    #[test]
-    fn who_leaves_out_half_of_what_it_passes_is_no_stream() {
-        let mut pattern = Pattern::default();
-        let mut seed = 12345_u64;
-        let mut at = 0;
-        for _ in 0..1000 {
-            let ahead = pattern.note(0, at..at + MIB / 4, 64 * MIB, END, END);
-            assert!(ahead.range.is_empty());
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            at += MIB / 2 + (seed >> 16) % MIB;
-        }
-    }
-
-    #[test]
-    fn what_was_wasted_cuts_the_windows_of_all_streams() {
-        let mut pattern = Pattern::default();
-        let mut index = 0;
-        let mut go_on = |pattern: &mut Pattern, wasted| {
-            let read = index * MIB..(index + 1) * MIB;
-            index += 1;
-            pattern.note_waste(&read, wasted);
-            let most = pattern.limit().min(64 * MIB);
-            pattern.note(0, read, most, END, END).window
-        };
-        for _ in 0..100 {
-            go_on(&mut pattern, 0);
-        }
-        assert_eq!(go_on(&mut pattern, 0), 64 * MIB);
-        assert_eq!(go_on(&mut pattern, 64 * MIB), 32 * MIB);
-        for _ in 0..130 {
-            go_on(&mut pattern, 0);
-        }
-        assert_eq!(go_on(&mut pattern, 0), 64 * MIB);
-    }
-
-    #[test]
-    fn two_readers_far_apart_are_two_streams() {
-        let mut pattern = Pattern::default();
-        for index in 0..8 {
-            let far = 1000 * MIB + index * MIB;
-            pattern.note(0, index * MIB..(index + 1) * MIB, 64 * MIB, END, END);
-            pattern.note(0, far..far + MIB, 64 * MIB, END, END);
-        }
-        assert_eq!(pattern.streams.len(), 2);
-        assert!(pattern.streams.iter().all(|stream| stream.window > 0));
-    }
-}
+mod tests;

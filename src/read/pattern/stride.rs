@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::{CAUTIOUS, EAGER, KEPT_BEHIND, QUIET};
-use crate::read::{BLOCK_SIZE, READAHEAD};
+use crate::read::{BLOCK_SIZE, PAGE, READAHEAD};
 
 /// Touches and strides that are remembered per object; the oldest give way. Strides are looked
 /// for among the touches, so that several readers can be at it at once.
@@ -27,8 +27,6 @@ const MERGED: u64 = READAHEAD;
 const STEPS: i64 = 3;
 /// Touches that come out of order are known this many steps away.
 const REACH: i64 = 4;
-/// The kernel asks for whole pages: where steps are none, touches begin up to so many bytes off.
-const PAGE: u64 = 4096;
 /// A gap up to this long, bytes, is fetched along, as one request costs less than two; but it
 /// must not be a larger share of the pieces, for that would be waste.
 const BRIDGED: u64 = 512 << 10;
@@ -401,7 +399,7 @@ fn distance(from: u64, to: u64) -> i64 {
     (to as i64).saturating_sub(from as i64)
 }
 
-/// How far off the place of a touch may be, bytes.
+/// How far off the place of a touch may be, bytes: the kernel asks for whole pages, and steps may be none.
 fn slack(step: i64) -> u64 {
     (2 * PAGE).min(step.unsigned_abs() / 8)
 }
