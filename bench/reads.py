@@ -10,7 +10,7 @@ import tempfile
 import time
 
 from peers import CACHED, MEMORY_DISK, disk_cache, run_s5cmd, run_sdk
-from machine import drop_caches
+from machine import drop_caches, touch_memory
 from row import Outcome, Row
 from server import BUCKET, FIRST, MANY_SMALL, MIB, PREFIX, RELEASE, SMALL_SIZE, TENSORS, tensor_head
 from writes import in_threads
@@ -75,6 +75,7 @@ class SecondRead(Row):
 class WarmRead(Row):
     unit = "MiB/s, disk cache warm, kernel cache dropped"
     only = CACHED
+    TURNS = 3
 
     def before(self, mount, server, size):
         subprocess.run([RELEASE / "mlfs", "prefetch", mount.path / "big"], check=True,
@@ -88,12 +89,19 @@ class WarmRead(Row):
         return data
 
     def mount(self, mount, server, size):
-        outcome = Read(MIB).mount(mount, server, size)
-        drop_caches()
-        started = time.monotonic()
-        assert read_through(self.data(mount), MIB) == size
-        local = size / MIB / (time.monotonic() - started)
-        return Outcome(outcome.value, size, f"{outcome.value / local:.2f} x a local file")
+        paths = {"local": self.data(mount), "mount": mount.path / "big"}
+        rates = {what: [] for what in paths}
+        # In turns: each gets what the other one gets of the caches below this machine.
+        for _ in range(self.TURNS):
+            for what, path in paths.items():
+                drop_caches()
+                touch_memory()
+                started = time.monotonic()
+                assert read_through(path, MIB) == size
+                rates[what].append(size / MIB / (time.monotonic() - started))
+        local, mounted = (statistics.median(rates[what]) for what in paths)
+        told = f"{mounted / local:.2f} x a local file of {local:.0f} MiB/s"
+        return Outcome(mounted, self.TURNS * size, told)
 
 
 class Touch(Row):

@@ -4,10 +4,10 @@ mod harness;
 
 use std::ffi::CString;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use harness::{BUCKET, Lab, Mount, PREFIX, noise, wait_until};
+use harness::{BUCKET, Lab, Mount, PREFIX, noise, safetensors_head, wait_until};
 use mlfs_lab::s3::{Kind, ServerOptions};
 
 const MIB: u64 = 1 << 20;
@@ -388,6 +388,62 @@ fn what_is_fetched_and_then_read_from_disk_stays_within_the_memory() {
     assert_eq!(got(&lab), size);
     let peak = mount.memory("VmHWM");
     assert!(peak <= 512 + 128, "{peak} MiB");
+}
+
+#[test]
+fn what_is_on_disk_is_read_with_little_of_it_in_memory() {
+    let lab = Lab::new();
+    let size = 400 * MIB;
+    lab.s3
+        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    let folder = lab.empty_folder();
+    let first = cached(&lab, &folder, &[]);
+    let mut prefetch = lab.program();
+    prefetch.arg("prefetch").arg(first.at("big"));
+    assert!(prefetch.output().unwrap().status.success());
+    drop(first);
+    let second = cached(&lab, &folder, &[]);
+    let mut file = fs::File::open(second.at("big")).unwrap();
+    assert_eq!(
+        std::io::copy(&mut file, &mut std::io::sink()).unwrap(),
+        size
+    );
+    assert_eq!(got(&lab), size);
+    let peak = second.status()["memory"]["peak"].as_u64().unwrap();
+    assert!(peak <= 160 * MIB, "{} MiB", peak / MIB);
+}
+
+#[test]
+fn a_tensor_that_is_not_on_disk_comes_in_as_many_ranges_whatever_else_is() {
+    let lab = Lab::with(ServerOptions {
+        first_byte: std::time::Duration::from_millis(30),
+        ..ServerOptions::default()
+    });
+    let tensor = 16 * MIB;
+    let head = safetensors_head(8, tensor);
+    let (start, key) = (head.len() as u64, format!("{PREFIX}/model.safetensors"));
+    lab.s3.put_generated(BUCKET, &key, head, start + 8 * tensor);
+    let folder = lab.empty_folder();
+    let read_tensor = |mount: &Mount, number: u64| {
+        let file = mount.open_direct("model.safetensors");
+        let mut piece = vec![0; 256 << 10];
+        file.read_exact_at(&mut piece, 0).unwrap();
+        let begin = (start + number * tensor) / 4096 * 4096;
+        for at in (begin..begin + tensor).step_by(piece.len()) {
+            file.read_exact_at(&mut piece, at).unwrap();
+        }
+    };
+    let first = cached(&lab, &folder, &[]);
+    read_tensor(&first, 5);
+    settle(&first);
+    drop(first);
+    lab.s3.reset_stats();
+    let second = cached(&lab, &folder, &[]);
+    read_tensor(&second, 5);
+    assert!(got(&lab) <= MIB, "{}", got(&lab));
+    read_tensor(&second, 2);
+    let stats = lab.s3.stats();
+    assert!(stats.most_at_once >= 12, "{}", stats.most_at_once);
 }
 
 #[test]

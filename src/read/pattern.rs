@@ -47,6 +47,9 @@ const EAGER: u64 = 4;
 /// The kernel reads around a page of a mapping that is touched, or ahead of it, this far at most,
 /// bytes: a stream that consumed no more of the tensor before begins where it goes on.
 const AROUND: u64 = 256 << 10;
+/// The kernel's readahead is no longer than this, bytes: what torch maps, of files whose tensors are read
+/// as a whole. Longer reads are of who asks for just what he wants.
+const LONGEST_READAHEAD: u64 = 512 << 10;
 /// It must have read three quarters of what it has passed, though, and any other half of it: who
 /// leaves out more reads here and there.
 const DENSE_QUARTERS: u64 = 3;
@@ -273,6 +276,7 @@ impl Pattern {
         stream.inside |= bound < size;
         let is_regular = read.start == stream.front
             && stream.length == length
+            && length <= LONGEST_READAHEAD
             && read.start.is_multiple_of(PAGE)
             && length.is_multiple_of(PAGE);
         stream.length = length;
@@ -298,7 +302,7 @@ impl Pattern {
         // A few pages further is the kernel's readahead.
         (stream.expected).take_if(|until| stream.front >= until.saturating_add(AROUND));
         // Readahead is of whole pages, and is answered when all of it is there.
-        let past = if is_regular {
+        let past = if is_regular && maximum > 0 {
             overrun(&read, stream.bound)
         } else {
             0
@@ -376,11 +380,12 @@ impl Pattern {
         }
     }
 
-    /// A tensor is read at several places at once: a stream that is in it, and began before it was known
-    /// where that ends, is bound to it, too.
-    pub fn bind(&mut self, tensor: &Range<u64>) {
-        let inside = |stream: &&mut Stream| tensor.contains(&stream.front);
-        for stream in self.streams.iter_mut().filter(inside) {
+    /// A tensor is read at several places at once: a stream in it that began in `before`, and perhaps
+    /// before it was known that there are tensors, is bound to it, too.
+    pub fn bind(&mut self, before: &Range<u64>, tensor: &Range<u64>) {
+        let comes_in =
+            |stream: &&mut Stream| before.contains(&stream.start) && tensor.contains(&stream.front);
+        for stream in self.streams.iter_mut().filter(comes_in) {
             stream.bound = stream.bound.min(tensor.end);
         }
     }

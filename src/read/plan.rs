@@ -116,6 +116,15 @@ impl Extents {
         range.contains(&offset).then(|| range.clone())
     }
 
+    /// What lies between an extent and the one before it, or the file's beginning.
+    pub fn gap_before(&self, extent: &Range<u64>) -> Range<u64> {
+        let before = self
+            .ranges
+            .partition_point(|range| range.start < extent.start);
+        let before = before.checked_sub(1).and_then(|at| self.ranges.get(at));
+        before.map_or(0, |before| before.end)..extent.start
+    }
+
     /// Those that begin behind byte `offset`, in order.
     pub fn after(&self, offset: u64) -> impl Iterator<Item = &Range<u64>> {
         let after = self.ranges.partition_point(|range| range.start <= offset);

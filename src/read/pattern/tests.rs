@@ -206,9 +206,10 @@ fn who_is_in_a_tensor_is_bound_to_it_when_that_is_known() {
     for index in 0..4 {
         ahead(&mut pattern, index);
     }
-    pattern.bind(&(8 * MIB..16 * MIB));
+    pattern.bind(&(0..MIB), &(8 * MIB..16 * MIB));
+    pattern.bind(&(1..MIB), &(2 * MIB..16 * MIB));
     assert!(ahead(&mut pattern, 4) > 16 * MIB);
-    pattern.bind(&(4096..32 * MIB));
+    pattern.bind(&(0..4096), &(4096..32 * MIB));
     for index in 5..32 {
         assert!(ahead(&mut pattern, index) <= 32 * MIB);
     }
