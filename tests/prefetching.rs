@@ -252,18 +252,18 @@ fn the_kernel_reads_further_ahead_in_files_with_tensors_and_in_those_that_are_wh
     let mount = lab.mount();
     check(&mount, "model.safetensors", "256");
     check(&mount, "container.npz", "128");
-    check(&mount, "plain", "132");
+    check(&mount, "plain", "172");
     check(&mount, "not-one.gguf", "256");
     // It is not what its name says, which is known to whoever has it open.
     let mut open = fs::File::open(mount.at("not-one.gguf")).unwrap();
     assert_eq!(open.read_to_end(&mut Vec::new()).unwrap(), 3 << 20);
-    check(&mount, "not-one.gguf", "132");
+    check(&mount, "not-one.gguf", "172");
     drop((open, mount));
     let folder = lab.empty_folder();
     let mount = cached(&lab, &folder, &[]);
-    check(&mount, "cached", "132");
+    check(&mount, "cached", "172");
     let output = prefetch(&lab, &[&mount.at("cached")]);
     assert!(output.status.success(), "{}", text(&output));
     check(&mount, "cached", "1024");
-    check(&mount, "plain", "132");
+    check(&mount, "plain", "172");
 }
