@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use harness::{BUCKET, Lab, Mount, PREFIX, noise, safetensors_head, wait_until};
+use harness::{Lab, Mount, noise, wait_until};
 use mlfs_lab::s3::{Kind, ServerOptions};
 
 const MIB: u64 = 1 << 20;
@@ -222,9 +222,7 @@ fn the_limit_holds_while_more_is_read() {
     for name in ["a", "b", "c", "d", "e", "f", "g"] {
         lab.put(name, data.clone());
     }
-    let key = format!("{PREFIX}/large");
-    lab.s3
-        .put_generated(BUCKET, &key, b"".as_slice(), 100 * MIB);
+    lab.put_large("large", 100 * MIB);
     let mount = cached(&lab, &folder, &["--cache-size", "64MiB"]);
     for name in ["a", "b", "c", "d", "e", "f"] {
         assert!(fs::read(mount.at(name)).unwrap() == data);
@@ -368,8 +366,7 @@ fn what_is_fetched_and_then_read_from_disk_stays_within_the_memory() {
         ..ServerOptions::default()
     });
     let size = 1 << 30;
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    lab.put_large("big", size);
     let folder = lab.empty_folder();
     let mount = lab.mount_with(&[
         "--cache-dir",
@@ -377,9 +374,7 @@ fn what_is_fetched_and_then_read_from_disk_stays_within_the_memory() {
         "--memory",
         "512MiB",
     ]);
-    let mut prefetch = lab.program();
-    prefetch.arg("prefetch").arg(mount.at("big"));
-    assert!(prefetch.output().unwrap().status.success());
+    mount.prefetch("big");
     let mut file = fs::File::open(mount.at("big")).unwrap();
     assert_eq!(
         std::io::copy(&mut file, &mut std::io::sink()).unwrap(),
@@ -394,13 +389,10 @@ fn what_is_fetched_and_then_read_from_disk_stays_within_the_memory() {
 fn what_is_on_disk_is_read_with_little_of_it_in_memory() {
     let lab = Lab::new();
     let size = 400 * MIB;
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    lab.put_large("big", size);
     let folder = lab.empty_folder();
     let first = cached(&lab, &folder, &[]);
-    let mut prefetch = lab.program();
-    prefetch.arg("prefetch").arg(first.at("big"));
-    assert!(prefetch.output().unwrap().status.success());
+    first.prefetch("big");
     drop(first);
     let second = cached(&lab, &folder, &[]);
     let mut file = fs::File::open(second.at("big")).unwrap();
@@ -420,9 +412,7 @@ fn a_tensor_that_is_not_on_disk_comes_in_as_many_ranges_whatever_else_is() {
         ..ServerOptions::default()
     });
     let tensor = 16 * MIB;
-    let head = safetensors_head(8, tensor);
-    let (start, key) = (head.len() as u64, format!("{PREFIX}/model.safetensors"));
-    lab.s3.put_generated(BUCKET, &key, head, start + 8 * tensor);
+    let start = lab.put_tensors("model.safetensors", 8, tensor);
     let folder = lab.empty_folder();
     let read_tensor = |mount: &Mount, number: u64| {
         let file = mount.open_direct("model.safetensors");

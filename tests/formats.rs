@@ -5,7 +5,7 @@ mod harness;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use harness::{BUCKET, Lab, PREFIX, noise, safetensors_head, wait_until};
+use harness::{BUCKET, Lab, PREFIX, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule};
 
 const MIB: u64 = 1 << 20;
@@ -168,9 +168,7 @@ fn what_is_looked_at_is_read_from_the_disk_cache_if_it_is_there() {
     let folder = lab.empty_folder();
     let flags = ["--cache-dir", folder.to_str().unwrap()];
     let mount = lab.mount_with(&flags);
-    let mut prefetch = lab.program();
-    prefetch.arg("prefetch").arg(mount.at("model.pt"));
-    assert!(prefetch.output().unwrap().status.success());
+    mount.prefetch("model.pt");
     drop(mount);
     let requests = lab.s3.stats().of(Kind::Get).requests;
     let mount = lab.mount_with(&flags);
@@ -264,11 +262,8 @@ fn a_tensor_of_a_gguf_file_costs_about_its_own_bytes() {
 fn who_touches_each_tensor_before_reading_the_first_is_sent_no_byte_twice() {
     let lab = Lab::new();
     let (count, tensor) = (24, 16 * MIB);
-    let head = safetensors_head(count, tensor);
-    let start = head.len() as u64;
+    let start = lab.put_tensors("model.safetensors", count, tensor);
     let size = start + count * tensor;
-    let key = format!("{PREFIX}/model.safetensors");
-    lab.s3.put_generated(BUCKET, &key, head, size);
     let mount = lab.mount_with(&["--memory", "256MiB"]);
     let file = mount.open_direct("model.safetensors");
     read(&file, 0, 32 << 10);

@@ -20,13 +20,6 @@ fn opened_on_disk(mount: &Mount) -> u64 {
     mount.status()["read"]["opened_on_disk"].as_u64().unwrap()
 }
 
-/// Puts `path` into the disk cache of `mount`, all of it.
-fn warm(lab: &Lab, mount: &Mount, path: &str) {
-    let mut command = lab.program();
-    let output = command.arg("prefetch").arg(mount.at(path)).output();
-    assert!(output.unwrap().status.success());
-}
-
 /// The file with the bytes of the only version in the cache.
 fn only_data(folder: &Path) -> PathBuf {
     let mut versions = fs::read_dir(folder.join("v1")).unwrap().flatten();
@@ -45,7 +38,7 @@ fn a_file_that_is_whole_in_the_disk_cache_is_read_by_the_kernel_alone() {
     lab.put("f", data.clone());
     let folder = lab.empty_folder();
     let mount = mounted(&lab, &folder, &["--read-only"]);
-    warm(&lab, &mount, "f");
+    mount.prefetch("f");
     // Written by this mount: nothing is left to be checked.
     let before = mount.status()["read"]["bytes_served"].clone();
     let (one, two) = (
@@ -71,7 +64,7 @@ fn what_another_mount_cached_is_checked_once_before_the_kernel_reads_it() {
     lab.put("f", data.clone());
     let folder = lab.empty_folder();
     let first = mounted(&lab, &folder, &[]);
-    warm(&lab, &first, "f");
+    first.prefetch("f");
     drop(first);
     let damaged = fs::OpenOptions::new().write(true).open(only_data(&folder));
     damaged.unwrap().write_all_at(b"damage", 2 << 20).unwrap();
@@ -95,7 +88,7 @@ fn where_somebody_may_write_every_read_goes_through_the_mount() {
     lab.put("f", data.clone());
     let folder = lab.empty_folder();
     let mount = mounted(&lab, &folder, &[]);
-    warm(&lab, &mount, "f");
+    mount.prefetch("f");
     let reader = File::open(mount.at("f")).unwrap();
     let writer = fs::OpenOptions::new().write(true).open(mount.at("f"));
     let writer = writer.unwrap();
@@ -114,7 +107,7 @@ fn who_had_the_file_open_before_it_was_whole_reads_on_as_before() {
     let folder = lab.empty_folder();
     let mount = mounted(&lab, &folder, &["--read-only"]);
     let early = File::open(mount.at("f")).unwrap();
-    warm(&lab, &mount, "f");
+    mount.prefetch("f");
     let late = File::open(mount.at("f")).unwrap();
     assert_eq!(opened_on_disk(&mount), 0);
     let mut piece = vec![0; data.len()];
@@ -136,7 +129,7 @@ fn a_replaced_object_is_never_read_from_the_former_ones_bytes() {
     lab.put("f", vec![1; 3 << 20]);
     let folder = lab.empty_folder();
     let mount = mounted(&lab, &folder, &["--read-only", "--metadata-ttl", "0"]);
-    warm(&lab, &mount, "f");
+    mount.prefetch("f");
     let former = File::open(mount.at("f")).unwrap();
     assert_eq!(opened_on_disk(&mount), 1);
     lab.put_later("f", vec![2; 3 << 20]);
@@ -187,7 +180,7 @@ fn a_cache_that_the_kernel_cannot_read_by_itself_is_read_through_the_mount() {
     let overlay = Overlay::new(&lab.empty_folder());
     let folder = overlay.0.join("cache");
     let mount = mounted(&lab, &folder, &["--read-only"]);
-    warm(&lab, &mount, "f");
+    mount.prefetch("f");
     for _ in 0..2 {
         assert!(fs::read(mount.at("f")).unwrap() == data);
     }

@@ -6,15 +6,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use harness::{BUCKET, Lab, Mount, PREFIX, noise, wait_until};
+use harness::{Lab, Mount, noise, wait_until};
 use mlfs_lab::s3::{Kind, ServerOptions};
 
 const MIB: u64 = 1 << 20;
-
-fn put_large(lab: &Lab, name: &str, size: u64) {
-    let key = format!("{PREFIX}/{name}");
-    lab.s3.put_generated(BUCKET, &key, b"".as_slice(), size);
-}
 
 fn read(file: &File, offset: u64, length: u64) -> Vec<u8> {
     let mut buffer = vec![0; length as usize];
@@ -73,7 +68,7 @@ fn a_backward_read_is_right_and_keeps_several_ranges_in_flight() {
 #[test]
 fn a_backward_read_finds_what_it_reads_next_on_its_way() {
     let lab = Lab::new();
-    put_large(&lab, "big", 1 << 30);
+    lab.put_large("big", 1 << 30);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     // In the middle, where nothing says that it will go on for long.
@@ -124,7 +119,7 @@ fn goes_on_with_ranges_in_flight(lab: &Lab, steps: u64, most: u64, step: impl Fn
 fn read_in_steps(length: u64, step: u64, backward: bool) {
     let lab = Lab::new();
     let count = 100;
-    put_large(&lab, "big", count * step + length);
+    lab.put_large("big", count * step + length);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     let place = |index: u64| if backward { count - index } else { index } * step;
@@ -185,7 +180,7 @@ fn a_strided_read_downwards_has_its_pieces_fetched_side_by_side_and_not_the_gaps
 #[test]
 fn three_equal_steps_come_before_anything_is_fetched_ahead() {
     let lab = Lab::new();
-    put_large(&lab, "big", 8 << 30);
+    lab.put_large("big", 8 << 30);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     let place = |index: u64| 100 * MIB + index * 16 * MIB;
@@ -204,7 +199,7 @@ fn three_equal_steps_come_before_anything_is_fetched_ahead() {
 #[test]
 fn pieces_that_lie_close_together_are_fetched_in_one_request() {
     let lab = Lab::new();
-    put_large(&lab, "big", 1 << 30);
+    lab.put_large("big", 1 << 30);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     let count = 256;
@@ -219,7 +214,7 @@ fn pieces_that_lie_close_together_are_fetched_in_one_request() {
 #[test]
 fn who_leaves_out_more_and_more_is_run_ahead_of_by_less() {
     let lab = Lab::new();
-    put_large(&lab, "big", 8 << 30);
+    lab.put_large("big", 8 << 30);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     let mut at = 64 * MIB;

@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::thread;
 
-use harness::{BUCKET, Lab, Mount, PREFIX, errno, noise, safetensors_head, wait_until};
+use harness::{BUCKET, Lab, Mount, PREFIX, errno, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
 
 const MIB: u64 = 1 << 20;
@@ -15,8 +15,7 @@ const MIB: u64 = 1 << 20;
 #[test]
 fn opening_fetches_nothing_and_reading_fetches_little_more_than_it_returns() {
     let lab = Lab::new();
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    lab.put_large("big", 8 << 30);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     assert_eq!(lab.s3.stats().of(Kind::Get).requests, 0);
@@ -55,8 +54,7 @@ fn a_sequential_read_is_right_and_keeps_several_ranges_in_flight() {
 fn what_a_reader_has_left_behind_is_let_go_of_wherever_it_began() {
     let lab = Lab::new();
     let size = 128 * MIB;
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    lab.put_large("big", size);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
     // Just as it is read here, without the kernel's readahead: no read begins where a block does.
     let file = mount.open_direct("big");
@@ -73,8 +71,7 @@ fn what_a_reader_has_left_behind_is_let_go_of_wherever_it_began() {
 fn a_block_that_two_readers_share_is_fetched_once() {
     let lab = Lab::new();
     let size = 128 * MIB;
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), size);
+    lab.put_large("big", size);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
     let file = mount.open_direct("big");
     // One reads the second half, and has gone far when the other comes to its beginning.
@@ -94,8 +91,7 @@ fn a_block_that_two_readers_share_is_fetched_once() {
 #[test]
 fn what_a_random_reader_has_read_is_left_to_the_kernel() {
     let lab = Lab::new();
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    lab.put_large("big", 8 << 30);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
     let file = File::open(mount.at("big")).unwrap();
     let mut buffer = vec![0; MIB as usize];
@@ -118,11 +114,7 @@ fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
     let lab = Lab::new();
     // Sixty-four tensors of 64 MiB; the data are generated behind a real header.
     let tensor = 64 * MIB;
-    let head = safetensors_head(64, tensor);
-    let start = head.len() as u64;
-    let key = format!("{PREFIX}/m.safetensors");
-    lab.s3
-        .put_generated(BUCKET, &key, head, start + 64 * tensor);
+    let start = lab.put_tensors("m.safetensors", 64, tensor);
     let mount = lab.mount();
     let file = File::open(mount.at("m.safetensors")).unwrap();
     let mut length = [0; 8];
@@ -140,10 +132,7 @@ fn one_tensor_of_a_large_file_costs_about_its_own_bytes() {
 /// A file of eight tensors of 16 MiB, mounted, of which the index has been read, as the kernel reads it
 /// around the first page of a mapping; and where the first tensor ends.
 fn index_read(lab: &Lab) -> (Mount<'_>, File, u64) {
-    let head = safetensors_head(8, 16 * MIB);
-    let (start, key) = (head.len() as u64, format!("{PREFIX}/model.safetensors"));
-    let size = start + 8 * 16 * MIB;
-    lab.s3.put_generated(BUCKET, &key, head, size);
+    let start = lab.put_tensors("model.safetensors", 8, 16 * MIB);
     let mount = lab.mount_with(&["--memory", "512MiB"]);
     let file = mount.open_direct("model.safetensors");
     around(&file, 0);
@@ -235,11 +224,7 @@ fn the_last_read_of_a_tensor_waits_for_nothing() {
 fn what_the_kernel_reads_around_a_tensors_last_page_does_not_begin_the_next_one() {
     let lab = Lab::new();
     let tensor = 16 * MIB;
-    let head = safetensors_head(64, tensor);
-    let begin = head.len() as u64 + 31 * tensor;
-    let key = format!("{PREFIX}/m.safetensors");
-    let size = head.len() as u64 + 64 * tensor;
-    lab.s3.put_generated(BUCKET, &key, head, size);
+    let begin = lab.put_tensors("m.safetensors", 64, tensor) + 31 * tensor;
     let mount = lab.mount();
     let file = mount.open_direct("m.safetensors");
     let page = |offset: u64| offset / 4096 * 4096;
@@ -262,8 +247,7 @@ fn what_the_kernel_reads_around_a_tensors_last_page_does_not_begin_the_next_one(
 #[test]
 fn random_reads_that_are_all_alike_are_fetched_whole_at_their_first_touch() {
     let lab = Lab::new();
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    lab.put_large("big", 8 << 30);
     let mount = lab.mount();
     // In pieces, as the kernel asks for a read of 1 MiB.
     let file = mount.open_direct("big");
@@ -292,8 +276,7 @@ fn random_reads_that_are_all_alike_are_fetched_whole_at_their_first_touch() {
 /// that were fetched : theirs.
 fn random_reads_cost(threads: u64, reads: u64, length: u64) -> f64 {
     let lab = Lab::new();
-    lab.s3
-        .put_generated(BUCKET, &format!("{PREFIX}/big"), b"".as_slice(), 8 << 30);
+    lab.put_large("big", 8 << 30);
     let mount = lab.mount();
     let file = File::open(mount.at("big")).unwrap();
     let part = (8 << 30) / threads;
