@@ -241,9 +241,10 @@ impl ObjectReader {
         }
     }
 
-    /// Most bytes to run ahead of all streams: half of what readers may hold.
+    /// Most bytes to run ahead of all streams: three quarters of what readers may hold. With half of it, a
+    /// read of 4 GiB through 32 requests was 3 to 4 % slower; what has been read is kept in the rest.
     fn most_unread(&self) -> u64 {
-        self.reader.budget.ceiling(Class::Read) / 2
+        self.reader.budget.ceiling(Class::Read) / 4 * 3
     }
 
     /// Fetches `bytes` ahead, unless there would be more than `most` bytes that nobody has read, or
