@@ -164,6 +164,25 @@ class RandomThreads(Row):
         return Outcome(told["mib_per_second"], moved), cpu
 
 
+class Parts(Row):
+    THREADS = 4
+    unit = f"MiB/s, {THREADS} threads, each reads a part of the file (fetched/asked)"
+
+    def mount(self, mount, server, size):
+        server.reset()
+        part = -(-size // (self.THREADS * MIB)) * MIB
+
+        def read_part(start):
+            with open(mount.path / "big", "rb", buffering=0) as file:
+                for offset in range(start, min(start + part, size), MIB):
+                    assert len(os.pread(file.fileno(), MIB, offset)) == MIB
+
+        started = time.monotonic()
+        in_threads(self.THREADS, range(0, size, part), read_part)
+        seconds = time.monotonic() - started
+        return Outcome(size / MIB / seconds, size, f"{server.fetched() / size:.2f} x")
+
+
 class FirstByte(Row):
     unit = f"ms, p50 of {FIRST} files opened and their first byte read, once they were listed"
     higher_is_better = False

@@ -1,8 +1,8 @@
 """All rows, by name."""
 
 from promises import Bounds, Verified
-from reads import (FirstByte, List, LoadFile, Member, RandomReads, RandomThreads, Read, SecondRead,
-                   SmallReads, Tensor, Touch, WarmRead)
+from reads import (FirstByte, List, LoadFile, Member, Parts, RandomReads, RandomThreads, Read,
+                   SecondRead, SmallReads, Tensor, Touch, WarmRead)
 from server import MIB
 from writes import Append, Checkpoint, Overwrite, Safetensors, Small, TorchSave, Write
 
@@ -18,6 +18,7 @@ ROWS = {
     "overwrite": Overwrite(),
     "read": Read(MIB),
     "read128k": Read(128 * 1024),
+    "parts": Parts(),
     "second": SecondRead(),
     "warm": WarmRead(),
     "mmap": Touch(),

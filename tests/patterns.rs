@@ -235,3 +235,36 @@ fn who_leaves_out_more_and_more_is_run_ahead_of_by_less() {
     let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
     assert!(fetched <= asked * 5 / 2, "{fetched}");
 }
+
+#[test]
+fn several_who_read_equal_parts_of_a_file_at_once_are_all_run_ahead_of() {
+    let lab = Lab::new();
+    let (readers, part) = (4, 128 * MIB);
+    lab.put_large("big", readers * part);
+    let mount = lab.mount();
+    let file = File::open(mount.at("big")).unwrap();
+    // All of them begin before any has read far.
+    for at in 0..8 {
+        for reader in 0..readers {
+            read(&file, reader * part + at * MIB, MIB);
+        }
+    }
+    std::thread::scope(|scope| {
+        for reader in 0..readers {
+            let file = &file;
+            scope.spawn(move || {
+                for at in 8..part / MIB {
+                    read(file, reader * part + at * MIB, MIB);
+                }
+            });
+        }
+    });
+    let read = &mount.status()["read"];
+    let demanded = read["bytes_demanded"].as_u64().unwrap();
+    assert!(
+        demanded < readers * 16 * MIB,
+        "{demanded} bytes were waited for"
+    );
+    let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
+    assert!(fetched <= readers * part * 11 / 10, "{fetched}");
+}

@@ -61,6 +61,8 @@ const ENDED: usize = 8;
 const ENDED_AT_LEAST: usize = 4;
 /// Streams that were longer than this, bytes, say nothing: who reads that much is met on the way.
 const LONGEST_ALIKE: u64 = 8 << 20;
+/// A stream that has read no less than this share of what another has may read the next part.
+const ALIKE_SHARE: u64 = 4;
 
 #[derive(Clone, Debug)]
 struct Stream {
@@ -235,8 +237,8 @@ impl Pattern {
     ) -> Ahead {
         self.clock += 1;
         let clock = self.clock;
-        let mut streams = self.streams.iter_mut();
-        let Some(stream) = streams.find(|stream| stream.is_near(&read)) else {
+        let near = self.streams.iter().position(|stream| stream.is_near(&read));
+        let Some(index) = near else {
             let behind = self.end_of(thread).unwrap_or(read.start..read.start);
             let expected = self.typical().map(|length| read.start + length);
             let until = expected.map_or(read.end, |until| until.min(bound).min(size));
@@ -269,6 +271,8 @@ impl Pattern {
             };
         };
         let length = read.end - read.start;
+        let met = self.met_by(index);
+        let stream = &mut self.streams[index];
         let first = stream.consumed <= AROUND && read.end > stream.bound && stream.bound < size;
         if first {
             stream.bound = bound;
@@ -316,7 +320,8 @@ impl Pattern {
         // Not all of that may have been possible when it began.
         let to = stream
             .expected
-            .map_or(until, |expected| expected.min(stream.bound));
+            .map_or(until, |expected| expected.min(stream.bound))
+            .min(met.max(stream.front));
         let mut behind = stream.kept..stream.kept;
         if stream.consumed > CAUTIOUS {
             behind.end = behind.end.max(stream.front.saturating_sub(KEPT_BEHIND));
@@ -330,6 +335,18 @@ impl Pattern {
             whole: stream.expected.is_some(),
             last: to >= end,
         }
+    }
+
+    /// Where the stream of this index comes to what another has read, and read most of: several read a
+    /// part each. The kernel has that, who goes on there asks for nothing. Shorter ones say nothing.
+    fn met_by(&self, index: usize) -> u64 {
+        let own = &self.streams[index];
+        let others = self.streams.iter().filter(|other| {
+            other.start > own.front
+                && other.consumed >= own.consumed / ALIKE_SHARE
+                && other.has_read(DENSE_QUARTERS)
+        });
+        others.map(|other| other.start).min().unwrap_or(u64::MAX)
     }
 
     /// How long streams are here, bytes, if the last ones were all alike.

@@ -4,7 +4,8 @@
 //! in order; those that lie close together are one touch. Touches that begin equally far from each
 //! other, forward or backward, three steps in a row, make a **stride**, whoever they come from; and
 //! what it will touch next is fetched ahead, but not what lies between. Who reads that as well is
-//! no strided reader: a mapping that the C library faults backwards inside each MiB is a stream.
+//! no strided reader: a mapping that the C library faults backwards inside each MiB is a stream. Nor
+//! are several who read equal parts of the object at the same time, a stream each.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -23,6 +24,9 @@ const LENGTHS: usize = 8;
 /// A request that begins no further behind a touch's end, bytes, belongs to it: the kernel's are of
 /// its readahead, and one of them may overtake another.
 const MERGED: u64 = READAHEAD;
+/// A touch grows by no more than this, bytes, once its stride has gone on: the kernel's requests overtake
+/// each other. One that does is a stream, beside others.
+const LATE: u64 = 1 << 20;
 /// Equal steps before anything is fetched ahead.
 const STEPS: i64 = 3;
 /// Touches that come out of order are known this many steps away.
@@ -45,9 +49,19 @@ const STALE: u64 = 256;
 struct Touch {
     start: u64,
     end: u64,
+    /// Where it ended when its stride went on elsewhere.
+    left: Option<u64>,
 }
 
 impl Touch {
+    fn of(read: &Range<u64>) -> Self {
+        Self {
+            start: read.start,
+            end: read.end,
+            left: None,
+        }
+    }
+
     fn takes(&self, read: &Range<u64>) -> bool {
         let earliest = self.start.max(self.end.saturating_sub(2 * MERGED));
         (earliest..=self.end + MERGED).contains(&read.start)
@@ -55,6 +69,10 @@ impl Touch {
 
     fn length(&self) -> u64 {
         self.end - self.start
+    }
+
+    fn is_stream(&self) -> bool {
+        self.left.is_some_and(|left| self.end > left + LATE)
     }
 
     /// Bytes of it that lie in `range`.
@@ -154,10 +172,7 @@ impl Strides {
         if self.touches.len() == TOUCHES {
             self.touches.pop_front();
         }
-        self.touches.push_back(Touch {
-            start: read.start,
-            end: read.end,
-        });
+        self.touches.push_back(Touch::of(read));
         true
     }
 
@@ -168,14 +183,21 @@ impl Strides {
         }
     }
 
-    /// The stride that one of the last touches of goes on with `read`, and where it began.
+    /// The stride that one of the last touches of goes on with `read`, and where it began. One of
+    /// which a touch goes on beside those after it is forgotten.
     fn going_on(&mut self, read: &Range<u64>) -> Option<(usize, u64)> {
-        for (index, stride) in self.strides.iter_mut().enumerate() {
+        let mut index = 0;
+        while let Some(stride) = self.strides.get_mut(index) {
             let mut touches = stride.touches.iter_mut().rev().take(LENGTHS);
             if let Some(touch) = touches.find(|touch| touch.takes(read)) {
                 touch.end = touch.end.max(read.end);
-                stride.touched = self.clock;
-                return Some((index, touch.start));
+                if !touch.is_stream() {
+                    stride.touched = self.clock;
+                    return Some((index, touch.start));
+                }
+                self.strides.remove(index);
+            } else {
+                index += 1;
             }
         }
         None
@@ -190,15 +212,14 @@ impl Strides {
                 return None;
             }
             let slack = slack(step);
-            let mut touches = VecDeque::from([Touch {
-                start: read.start,
-                end: read.end,
-            }]);
+            let mut touches = VecDeque::from([Touch::of(read)]);
             for steps in 1..=STEPS {
                 let place = (read.start as i64).checked_sub(step.checked_mul(steps)?)?;
                 let mut touched = self.touches.iter().rev();
                 let near = |touch: &&Touch| (touch.start as i64).abs_diff(place) <= slack;
-                touches.push_front(touched.find(near)?.clone());
+                let mut touch = touched.find(near)?.clone();
+                touch.left = Some(touch.end);
+                touches.push_front(touch);
             }
             let origin = touches.front()?.clone();
             let stride = Stride {
@@ -271,10 +292,10 @@ impl Stride {
         if !self.bound.contains(&read.start) {
             self.bound = 0..u64::MAX;
         }
-        self.touches.push_back(Touch {
-            start: read.start,
-            end: read.end,
-        });
+        if let Some(last) = self.touches.back_mut() {
+            last.left = Some(last.end);
+        }
+        self.touches.push_back(Touch::of(read));
         let mut behind = Vec::new();
         let most = KEPT_BEHIND.div_ceil(self.length().max(1)) as usize;
         let most = most.clamp(LENGTHS, STRIDE_TOUCHES);

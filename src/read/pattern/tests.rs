@@ -280,3 +280,33 @@ fn two_readers_far_apart_are_two_streams() {
     assert_eq!(pattern.streams.len(), 2);
     assert!(pattern.streams.iter().all(|stream| stream.window > 0));
 }
+
+#[test]
+fn who_reads_a_part_is_run_ahead_of_up_to_where_somebody_reads_the_next() {
+    let mut pattern = Pattern::default();
+    let part = 64 * MIB;
+    let mut furthest = 0;
+    for at in 0..60 {
+        let mut note = |start: u64| {
+            let ahead = pattern.note(0, start..start + MIB, 32 * MIB, END, END);
+            pattern.asked(start, ahead.range.end, None);
+            ahead.range
+        };
+        let last = note(part + at * MIB);
+        furthest = furthest.max(note(at * MIB).end);
+        assert!(at < 8 || last.end > part + (at + 1) * MIB, "{last:?}");
+    }
+    assert_eq!(furthest, part);
+}
+
+#[test]
+fn who_read_little_does_not_stand_in_the_way_of_who_reads_all() {
+    let mut pattern = Pattern::default();
+    pattern.note(1, 48 * MIB..49 * MIB, 32 * MIB, END, END);
+    let mut range = 0..0;
+    for at in 0..32 {
+        let read = at * MIB..(at + 1) * MIB;
+        range = pattern.note(2, read, 32 * MIB, END, END).range;
+    }
+    assert!(range.end > 49 * MIB, "{range:?}");
+}

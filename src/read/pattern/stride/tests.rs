@@ -242,3 +242,23 @@ fn what_a_long_stride_has_left_behind_is_let_go_of() {
     assert!(behind.len() >= 70, "{}", behind.len());
     assert!(behind.iter().all(|range| range.end < 93 * 16 * MIB));
 }
+
+#[test]
+fn readers_of_equal_parts_at_the_same_time_are_no_stride() {
+    for readers in [4, 7, 16] {
+        let mut strides = Strides::default();
+        let part = 256 * MIB;
+        let mut taken = 0;
+        let (begin, end) = (2 * MIB, 32 * MIB);
+        let mut at = 0;
+        while at < end {
+            for reader in 0..readers {
+                let start = reader * part + at;
+                let strided = strides.note(&(start..start + PIECE), WINDOW, &(0..SIZE), SIZE);
+                taken += u64::from(strided.is_some() && at > begin);
+            }
+            at += PIECE;
+        }
+        assert_eq!(taken, 0, "of {readers}");
+    }
+}
