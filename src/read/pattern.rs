@@ -203,17 +203,18 @@ impl Pattern {
         self.limit.bytes()
     }
 
-    /// Notes that `read` was asked for and, if it is one of a strided reader, says what to fetch
+    /// Notes that `thread` asked for `read` and, if that is one of a strided reader, says what to fetch
     /// ahead of it: at most `maximum` bytes, not beyond `size`, and within `bound`, the tensor that
     /// it is in, until the reader has left that. Everything else is to be noted as a stream's.
     pub fn note_stride(
         &mut self,
+        thread: u32,
         read: &Range<u64>,
         maximum: u64,
         bound: &Range<u64>,
         size: u64,
     ) -> Option<Strided> {
-        let strided = self.strides.note(read, maximum, bound, size)?;
+        let strided = self.strides.note(thread, read, maximum, bound, size)?;
         self.limit.note_window(strided.window);
         Some(strided)
     }

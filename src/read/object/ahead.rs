@@ -109,7 +109,7 @@ impl ObjectReader {
         let maximum = self.maximum_window(requests).min(limit);
         let inside = extent.clone().unwrap_or(0..self.size);
         let pattern = &mut state.pattern;
-        if let Some(strided) = pattern.note_stride(&read, maximum, &inside, self.size) {
+        if let Some(strided) = pattern.note_stride(thread, &read, maximum, &inside, self.size) {
             self.run_ahead_in_steps(&mut state, &strided);
             return;
         }

@@ -4,13 +4,14 @@
 //! in order; those that lie close together are one touch. Touches that begin equally far from each
 //! other, forward or backward, three steps in a row, make a **stride**, whoever they come from; and
 //! what it will touch next is fetched ahead, but not what lies between. Who reads that as well is
-//! no strided reader: a mapping that the C library faults backwards inside each MiB is a stream. Nor
-//! are several who read equal parts of the object at the same time, a stream each.
+//! no strided reader: a mapping that the C library faults backwards inside each MiB is a stream. Nor are
+//! several who read equal parts of the object at the same time, as long as none of them has gone on to
+//! another, and where the parts are long.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::{CAUTIOUS, EAGER, KEPT_BEHIND, QUIET};
+use super::{CAUTIOUS, EAGER, KEPT_BEHIND, LONGEST_ALIKE, QUIET};
 use crate::read::{BLOCK_SIZE, PAGE, READAHEAD};
 
 /// Touches and strides that are remembered per object; the oldest give way. Strides are looked
@@ -24,9 +25,6 @@ const LENGTHS: usize = 8;
 /// A request that begins no further behind a touch's end, bytes, belongs to it: the kernel's are of
 /// its readahead, and one of them may overtake another.
 const MERGED: u64 = READAHEAD;
-/// A touch grows by no more than this, bytes, once its stride has gone on: the kernel's requests overtake
-/// each other. One that does is a stream, beside others.
-const LATE: u64 = 1 << 20;
 /// Equal steps before anything is fetched ahead.
 const STEPS: i64 = 3;
 /// Touches that come out of order are known this many steps away.
@@ -49,17 +47,25 @@ const STALE: u64 = 256;
 struct Touch {
     start: u64,
     end: u64,
-    /// Where it ended when its stride went on elsewhere.
-    left: Option<u64>,
+    /// Who asked last, 0 if that is not known.
+    thread: u32,
+    /// Whoever asked began elsewhere since.
+    ended: bool,
 }
 
 impl Touch {
-    fn of(read: &Range<u64>) -> Self {
+    fn new(thread: u32, read: &Range<u64>) -> Self {
         Self {
             start: read.start,
             end: read.end,
-            left: None,
+            thread,
+            ended: false,
         }
+    }
+
+    fn go_on(&mut self, thread: u32, read: &Range<u64>) {
+        self.end = self.end.max(read.end);
+        self.thread = thread;
     }
 
     fn takes(&self, read: &Range<u64>) -> bool {
@@ -69,10 +75,6 @@ impl Touch {
 
     fn length(&self) -> u64 {
         self.end - self.start
-    }
-
-    fn is_stream(&self) -> bool {
-        self.left.is_some_and(|left| self.end > left + LATE)
     }
 
     /// Bytes of it that lie in `range`.
@@ -127,20 +129,21 @@ pub(super) struct Strides {
 }
 
 impl Strides {
-    /// Notes that `read` was asked for. If it belongs to a stride, says what to fetch ahead: at
+    /// Notes that `thread` asked for `read`. If it belongs to a stride, says what to fetch ahead: at
     /// most `window` bytes, within `size`, and within `bound`, the tensor that the read is in.
     pub fn note(
         &mut self,
+        thread: u32,
         read: &Range<u64>,
         window: u64,
         bound: &Range<u64>,
         size: u64,
     ) -> Option<Strided> {
-        let new = self.remember(read);
-        if let Some((index, start)) = self.going_on(read) {
+        let new = self.remember(thread, read);
+        if let Some((index, start)) = self.going_on(thread, read) {
             let stride = &self.strides[index];
             // What goes on is a stream that began here.
-            if read.start > start + stride.length() + MERGED {
+            if read.start > start + stride.length()?.min(LONGEST_ALIKE) + MERGED {
                 return None;
             }
             return stride.ahead(index, start, read, window, size);
@@ -151,10 +154,14 @@ impl Strides {
         let clock = self.clock;
         self.strides.retain(|stride| clock - stride.touched < STALE);
         let mut strides = self.strides.iter_mut().enumerate();
-        let begun = strides.find_map(|(index, stride)| Some((index, stride.begin(read, clock)?)));
+        let begun =
+            strides.find_map(|(index, stride)| Some((index, stride.begin(thread, read, clock)?)));
         let (index, behind) = match begun {
             Some(begun) => begun,
-            None => (self.keep(self.recognise(read, bound, size)?), Vec::new()),
+            None => (
+                self.keep(self.recognise(thread, read, bound, size)?),
+                Vec::new(),
+            ),
         };
         let mut strided = self.strides[index].ahead(index, read.start, read, window, size)?;
         strided.behind = behind;
@@ -162,17 +169,24 @@ impl Strides {
     }
 
     /// Adds `read` to the touches; tells whether it begins one.
-    fn remember(&mut self, read: &Range<u64>) -> bool {
+    fn remember(&mut self, thread: u32, read: &Range<u64>) -> bool {
         let mut touches = self.touches.iter_mut().rev();
         if let Some(touch) = touches.find(|touch| touch.takes(read)) {
-            touch.end = touch.end.max(read.end);
+            touch.go_on(thread, read);
             return false;
+        }
+        let strides = self
+            .strides
+            .iter_mut()
+            .flat_map(|stride| &mut stride.touches);
+        for touch in self.touches.iter_mut().chain(strides) {
+            touch.ended |= touch.thread == thread;
         }
         self.clock += 1;
         if self.touches.len() == TOUCHES {
             self.touches.pop_front();
         }
-        self.touches.push_back(Touch::of(read));
+        self.touches.push_back(Touch::new(thread, read));
         true
     }
 
@@ -183,28 +197,27 @@ impl Strides {
         }
     }
 
-    /// The stride that one of the last touches of goes on with `read`, and where it began. One of
-    /// which a touch goes on beside those after it is forgotten.
-    fn going_on(&mut self, read: &Range<u64>) -> Option<(usize, u64)> {
-        let mut index = 0;
-        while let Some(stride) = self.strides.get_mut(index) {
+    /// The stride that one of the last touches of goes on with `read`, and where it began.
+    fn going_on(&mut self, thread: u32, read: &Range<u64>) -> Option<(usize, u64)> {
+        for (index, stride) in self.strides.iter_mut().enumerate() {
             let mut touches = stride.touches.iter_mut().rev().take(LENGTHS);
             if let Some(touch) = touches.find(|touch| touch.takes(read)) {
-                touch.end = touch.end.max(read.end);
-                if !touch.is_stream() {
-                    stride.touched = self.clock;
-                    return Some((index, touch.start));
-                }
-                self.strides.remove(index);
-            } else {
-                index += 1;
+                touch.go_on(thread, read);
+                stride.touched = self.clock;
+                return Some((index, touch.start));
             }
         }
         None
     }
 
     /// A stride that leads to `read` in [`STEPS`] equal steps.
-    fn recognise(&self, read: &Range<u64>, bound: &Range<u64>, size: u64) -> Option<Stride> {
+    fn recognise(
+        &self,
+        thread: u32,
+        read: &Range<u64>,
+        bound: &Range<u64>,
+        size: u64,
+    ) -> Option<Stride> {
         // The last one is the read itself.
         self.touches.iter().rev().skip(1).find_map(|last| {
             let step = distance(last.start, read.start);
@@ -212,14 +225,12 @@ impl Strides {
                 return None;
             }
             let slack = slack(step);
-            let mut touches = VecDeque::from([Touch::of(read)]);
+            let mut touches = VecDeque::from([Touch::new(thread, read)]);
             for steps in 1..=STEPS {
                 let place = (read.start as i64).checked_sub(step.checked_mul(steps)?)?;
                 let mut touched = self.touches.iter().rev();
                 let near = |touch: &&Touch| (touch.start as i64).abs_diff(place) <= slack;
-                let mut touch = touched.find(near)?.clone();
-                touch.left = Some(touch.end);
-                touches.push_front(touch);
+                touches.push_front(touched.find(near)?.clone());
             }
             let origin = touches.front()?.clone();
             let stride = Stride {
@@ -278,7 +289,7 @@ impl Stride {
     }
 
     /// Takes a touch that begins where this stride is expected; says what it then leaves behind.
-    fn begin(&mut self, read: &Range<u64>, clock: u64) -> Option<Vec<Range<u64>>> {
+    fn begin(&mut self, thread: u32, read: &Range<u64>, clock: u64) -> Option<Vec<Range<u64>>> {
         let slack = slack(self.step());
         let near = |steps: &i64| (read.start as i64).abs_diff(self.place(*steps)) <= slack;
         // The next one first: it is the one that mostly comes.
@@ -292,12 +303,9 @@ impl Stride {
         if !self.bound.contains(&read.start) {
             self.bound = 0..u64::MAX;
         }
-        if let Some(last) = self.touches.back_mut() {
-            last.left = Some(last.end);
-        }
-        self.touches.push_back(Touch::of(read));
+        self.touches.push_back(Touch::new(thread, read));
         let mut behind = Vec::new();
-        let most = KEPT_BEHIND.div_ceil(self.length().max(1)) as usize;
+        let most = KEPT_BEHIND.div_ceil(self.length().unwrap_or(0).max(1)) as usize;
         let most = most.clamp(LENGTHS, STRIDE_TOUCHES);
         while self.touches.len() > most {
             let Some(touch) = self.touches.pop_front() else {
@@ -310,25 +318,28 @@ impl Stride {
         Some(behind)
     }
 
-    /// Bytes of a touch.
-    fn length(&self) -> u64 {
+    /// Bytes of a touch, as far as it has come; `None` while no thread has gone on to another.
+    fn length(&self) -> Option<u64> {
+        if !self.touches.iter().any(|touch| touch.ended) {
+            return None;
+        }
         let last = self.touches.iter().rev().take(LENGTHS);
         let mut lengths: Vec<u64> = last.map(Touch::length).collect();
         lengths.sort_unstable();
-        lengths.get(lengths.len() / 2).copied().unwrap_or(0)
+        lengths.get(lengths.len() / 2).copied()
     }
 
     fn consumed(&self) -> u64 {
-        self.steps.unsigned_abs() * self.length()
+        self.steps.unsigned_abs() * self.length().unwrap_or(0)
     }
 
     /// Bytes between two touches.
     fn gap(&self) -> u64 {
-        self.step().unsigned_abs().saturating_sub(self.length())
+        (self.step().unsigned_abs()).saturating_sub(self.length().unwrap_or(0))
     }
 
     fn bridged(&self) -> bool {
-        self.gap() <= BRIDGED.min(self.length() / BRIDGED_SHARE)
+        self.gap() <= BRIDGED.min(self.length().unwrap_or(0) / BRIDGED_SHARE)
     }
 
     /// Whether it is one for sure. What follows closely, forward, is a stream; backward, it may be
@@ -364,10 +375,10 @@ impl Stride {
         window: u64,
         size: u64,
     ) -> Option<Strided> {
+        let length = self.length()?;
         if !self.is_sure() {
             return None;
         }
-        let length = self.length();
         let most = self.bound.end.min(size);
         let mut rest = 0..0;
         if start == self.front && self.asked < self.steps {

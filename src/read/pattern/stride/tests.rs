@@ -14,7 +14,7 @@ fn touch(strides: &mut Strides, start: u64, length: u64) -> Vec<Range<u64>> {
     let mut from = start;
     while from < start + length {
         let to = (from + PIECE).min(start + length);
-        let strided = strides.note(&(from..to), WINDOW, &(0..SIZE), SIZE);
+        let strided = strides.note(1, &(from..to), WINDOW, &(0..SIZE), SIZE);
         for strided in strided.into_iter() {
             strides.asked(&strided, strided.step);
             for (range, step) in &strided.requests {
@@ -99,7 +99,7 @@ fn who_comes_down_from_the_end_gets_the_whole_object_and_nothing_twice() {
     while at > 0 {
         let start = at.saturating_sub(MIB);
         let read = start..at;
-        if let Some(strided) = strides.note(&read, WINDOW, &(0..size), size) {
+        if let Some(strided) = strides.note(1, &read, WINDOW, &(0..size), size) {
             for (range, step) in &strided.requests {
                 assert!(range.end <= low);
                 low = range.start;
@@ -173,7 +173,7 @@ fn a_mapping_faulted_backwards_inside_each_mebibyte_is_no_stride() {
     for mebibyte in 0..64 {
         for part in (0..8).rev() {
             let at = mebibyte * MIB + part * PIECE;
-            let strided = strides.note(&(at..at + PIECE), WINDOW, &(0..SIZE), SIZE);
+            let strided = strides.note(1, &(at..at + PIECE), WINDOW, &(0..SIZE), SIZE);
             assert_eq!(strided, None);
         }
     }
@@ -184,7 +184,7 @@ fn a_sequential_reader_is_no_stride_though_its_requests_overtake_each_other() {
     let mut strides = Strides::default();
     for index in 0..1000_u64 {
         let at = (index ^ 1) * PIECE;
-        let strided = strides.note(&(at..at + PIECE), WINDOW, &(0..SIZE), SIZE);
+        let strided = strides.note(1, &(at..at + PIECE), WINDOW, &(0..SIZE), SIZE);
         assert_eq!(strided, None);
     }
 }
@@ -200,7 +200,7 @@ fn a_strided_reader_who_goes_on_reading_becomes_a_stream() {
     while at < 9 * 16 * MIB - MIB {
         known.push(
             strides
-                .note(&(at..at + PIECE), WINDOW, &(0..SIZE), SIZE)
+                .note(1, &(at..at + PIECE), WINDOW, &(0..SIZE), SIZE)
                 .is_some(),
         );
         at += PIECE;
@@ -217,7 +217,7 @@ fn nothing_is_fetched_outside_of_the_tensor_before_it_has_been_left() {
     for index in 0..20 {
         let read = tensor.start + index * 16 * MIB;
         let read = read..read + MIB;
-        if let Some(strided) = strides.note(&read, WINDOW, &tensor, SIZE) {
+        if let Some(strided) = strides.note(1, &read, WINDOW, &tensor, SIZE) {
             ahead.extend(strided.requests);
         }
     }
@@ -225,7 +225,7 @@ fn nothing_is_fetched_outside_of_the_tensor_before_it_has_been_left() {
     assert!(ahead.iter().all(|(range, _)| range.end <= tensor.end));
     let next = tensor.end..2 * tensor.end;
     let read = tensor.end..tensor.end + MIB;
-    let strided = strides.note(&read, WINDOW, &next, SIZE).unwrap();
+    let strided = strides.note(1, &read, WINDOW, &next, SIZE).unwrap();
     assert!(!strided.requests.is_empty());
 }
 
@@ -235,7 +235,7 @@ fn what_a_long_stride_has_left_behind_is_let_go_of() {
     let mut behind = Vec::new();
     for index in 0..100 {
         let at = index * 16 * MIB;
-        if let Some(strided) = strides.note(&(at..at + MIB), WINDOW, &(0..SIZE), SIZE) {
+        if let Some(strided) = strides.note(1, &(at..at + MIB), WINDOW, &(0..SIZE), SIZE) {
             behind.extend(strided.behind);
         }
     }
@@ -254,11 +254,33 @@ fn readers_of_equal_parts_at_the_same_time_are_no_stride() {
         while at < end {
             for reader in 0..readers {
                 let start = reader * part + at;
-                let strided = strides.note(&(start..start + PIECE), WINDOW, &(0..SIZE), SIZE);
+                let strided = strides.note(
+                    1 + reader as u32,
+                    &(start..start + PIECE),
+                    WINDOW,
+                    &(0..SIZE),
+                    SIZE,
+                );
                 taken += u64::from(strided.is_some() && at > begin);
             }
             at += PIECE;
         }
         assert_eq!(taken, 0, "of {readers}");
+    }
+}
+
+#[test]
+fn who_reads_one_long_part_after_the_other_beside_others_is_a_stream_in_each() {
+    let mut strides = Strides::default();
+    let (readers, part) = (4, 64 * MIB);
+    for round in 0..4 {
+        for at in (0..part).step_by(PIECE as usize) {
+            for reader in 0..readers {
+                let start = (round * readers + reader) * part + at;
+                let read = start..start + PIECE;
+                let strided = strides.note(1 + reader as u32, &read, WINDOW, &(0..SIZE), SIZE);
+                assert!(at <= LONGEST_ALIKE + MERGED || strided.is_none(), "{at}");
+            }
+        }
     }
 }
