@@ -143,7 +143,7 @@ impl Strides {
         if let Some((index, start)) = self.going_on(thread, read) {
             let stride = &self.strides[index];
             // What goes on is a stream that began here.
-            if read.start > start + stride.length()?.min(LONGEST_ALIKE) + MERGED {
+            if read.start > start + stride.length().min(LONGEST_ALIKE) + MERGED {
                 return None;
             }
             return stride.ahead(index, start, read, window, size);
@@ -305,7 +305,7 @@ impl Stride {
         }
         self.touches.push_back(Touch::new(thread, read));
         let mut behind = Vec::new();
-        let most = KEPT_BEHIND.div_ceil(self.length().unwrap_or(0).max(1)) as usize;
+        let most = KEPT_BEHIND.div_ceil(self.length().max(1)) as usize;
         let most = most.clamp(LENGTHS, STRIDE_TOUCHES);
         while self.touches.len() > most {
             let Some(touch) = self.touches.pop_front() else {
@@ -318,35 +318,33 @@ impl Stride {
         Some(behind)
     }
 
-    /// Bytes of a touch, as far as it has come; `None` while no thread has gone on to another.
-    fn length(&self) -> Option<u64> {
-        if !self.touches.iter().any(|touch| touch.ended) {
-            return None;
-        }
+    /// Bytes of a touch.
+    fn length(&self) -> u64 {
         let last = self.touches.iter().rev().take(LENGTHS);
         let mut lengths: Vec<u64> = last.map(Touch::length).collect();
         lengths.sort_unstable();
-        lengths.get(lengths.len() / 2).copied()
+        lengths.get(lengths.len() / 2).copied().unwrap_or(0)
     }
 
     fn consumed(&self) -> u64 {
-        self.steps.unsigned_abs() * self.length().unwrap_or(0)
+        self.steps.unsigned_abs() * self.length()
     }
 
     /// Bytes between two touches.
     fn gap(&self) -> u64 {
-        (self.step().unsigned_abs()).saturating_sub(self.length().unwrap_or(0))
+        self.step().unsigned_abs().saturating_sub(self.length())
     }
 
     fn bridged(&self) -> bool {
-        self.gap() <= BRIDGED.min(self.length().unwrap_or(0) / BRIDGED_SHARE)
+        self.gap() <= BRIDGED.min(self.length() / BRIDGED_SHARE)
     }
 
-    /// Whether it is one for sure. What follows closely, forward, is a stream; backward, it may be
-    /// one MiB of a mapping.
+    /// Whether it is one for sure: somebody has gone on from one touch to another, else they are of as
+    /// many readers. What follows closely, forward, is a stream; backward, it may be one MiB of a mapping.
     fn is_sure(&self) -> bool {
         let way = self.front.abs_diff(self.origin);
-        self.gap() > MERGED || (self.step() < 0 && way > QUIET)
+        let goes_on = self.touches.iter().any(|touch| touch.ended);
+        goes_on && (self.gap() > MERGED || (self.step() < 0 && way > QUIET))
     }
 
     /// How many pieces its past says that it will go on.
@@ -375,10 +373,10 @@ impl Stride {
         window: u64,
         size: u64,
     ) -> Option<Strided> {
-        let length = self.length()?;
         if !self.is_sure() {
             return None;
         }
+        let length = self.length();
         let most = self.bound.end.min(size);
         let mut rest = 0..0;
         if start == self.front && self.asked < self.steps {
