@@ -133,7 +133,7 @@ pub struct Reader {
 
 impl Reader {
     pub fn new(budget: Arc<Budget>, runtime: Handle, options: ReadOptions) -> Arc<Self> {
-        let cache = BlockCache::new();
+        let cache = BlockCache::new(budget.ceiling(Class::Read));
         let as_reclaimer: std::sync::Weak<BlockCache> = Arc::downgrade(&cache);
         budget.add_reclaimer(as_reclaimer);
         let queued = (budget.ceiling(Class::Read) / QUEUE_SHARE).min(LONGEST_QUEUE);

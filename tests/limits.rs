@@ -6,10 +6,13 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use harness::{Lab, Mount, close, errno, noise};
 use mlfs_lab::s3::{Kind, ServerOptions};
 
+const MIB: u64 = 1 << 20;
 const PART: usize = 5 << 20;
 /// Room for a dozen parts in memory and two on disk.
 const NARROW: &[&str] = &[
@@ -173,4 +176,36 @@ fn a_part_that_gave_up_its_local_copy_is_enospc_to_read_or_write_and_never_wrong
     assert_eq!(close(file), 0);
     let stored = lab.stored("f").unwrap();
     assert!(stored[..6] == *b"header" && stored[6..] == data[6..]);
+}
+
+#[test]
+fn many_who_read_pieces_of_a_file_in_turn_stay_within_the_memory() {
+    let lab = Lab::with(ServerOptions {
+        first_byte: Duration::from_millis(15),
+        connection_rate: Some(90_000_000),
+        ..ServerOptions::default()
+    });
+    let (pieces, piece) = (128, 16 * MIB);
+    lab.put_large("big", pieces * piece);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let file = File::open(mount.at("big")).unwrap();
+                let mut buffer = vec![0; MIB as usize];
+                loop {
+                    let start = next.fetch_add(1, Ordering::Relaxed) * piece;
+                    if start >= pieces * piece {
+                        break;
+                    }
+                    for offset in (start..start + piece).step_by(MIB as usize) {
+                        file.read_exact_at(&mut buffer, offset).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    let peak = mount.memory("VmHWM");
+    assert!(peak <= 512 + 128, "{peak} MiB");
 }

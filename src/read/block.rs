@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use super::PAGE;
 use crate::budget::{Reclaim, Reservation};
 
-/// The frames of one block, as they came off the wire; never copied together.
+/// The frames of one block, as they came off the wire, or one copy of them.
 #[derive(Debug)]
 pub(super) struct Block {
     pub frames: Vec<Bytes>,
@@ -166,6 +166,10 @@ impl Segments {
     }
 }
 
+/// Most bytes of blocks that stay in the buffers which they were received into: what those take beyond
+/// them is to be no more than a process may hold beyond its budget.
+const MOST_IN_WHOLE_BUFFERS: u64 = 256 << 20;
+
 type Index = LruCache<(u64, u64), Arc<Block>, BuildHasherDefault<DefaultHasher>>;
 
 struct Cached {
@@ -176,6 +180,8 @@ struct Cached {
 /// Blocks by (content, index). Its bound is the budget: every block carries its reservation.
 pub(super) struct BlockCache {
     cached: Mutex<Cached>,
+    /// Bytes up to which it is not crowded.
+    ample: u64,
 }
 
 impl std::fmt::Debug for BlockCache {
@@ -188,11 +194,22 @@ impl std::fmt::Debug for BlockCache {
 }
 
 impl BlockCache {
-    pub fn new() -> Arc<Self> {
+    /// `most`: bytes that the budget allows readers.
+    pub fn new(most: u64) -> Arc<Self> {
         let index = LruCache::unbounded_with_hasher(BuildHasherDefault::default());
         Arc::new(Self {
             cached: Mutex::new(Cached { index, bytes: 0 }),
+            ample: MOST_IN_WHOLE_BUFFERS.min(most / 16 * 9),
         })
+    }
+
+    /// Whether the bytes that the buffers of blocks take beyond those of the blocks matter. The HTTP
+    /// client receives into buffers of up to 400 KiB, whether as much has come or not: measured, they
+    /// took 1.15 times the bytes in them raw, and 1.6 times over slower connections. A copy takes as
+    /// much as its bytes. Copying everything cost 4 to 7 % of the speed of one reader, who does not
+    /// come as far as this; eight who took pieces of 16 MiB in turn held 780 MiB of 512 without.
+    pub fn is_crowded(&self) -> bool {
+        self.bytes() > self.ample
     }
 
     pub fn bytes(&self) -> u64 {

@@ -20,7 +20,8 @@ use crate::store::{StoreError, StoreResult};
 /// The blocks of a request of at most this many bytes get a buffer each. Frames share the buffers
 /// that they were received into, and one of them keeps all of a buffer: where requests are small and
 /// far apart, the blocks of one are let go of one by one, and the daemon held 1.6 times the bytes
-/// that the budget knew of.
+/// that the budget knew of. Where there are many blocks, those of all requests do: see
+/// [`BlockCache::is_crowded`].
 const COPIED: u64 = 2 << 20;
 
 /// Where bytes are fetched from.
@@ -178,7 +179,11 @@ impl Fetch {
         reservation: &mut Reservation,
         mut unread: Option<&mut Unread>,
     ) -> StoreResult<()> {
-        request(origin, bytes, |frames| {
+        let is_small = bytes.end - bytes.start <= COPIED;
+        request(origin, bytes, |mut frames| {
+            if is_small || cache.is_crowded() {
+                frames = vec![Bytes::from(frames.concat())];
+            }
             let length = frames.iter().map(|frame| frame.len() as u64).sum();
             let block = Block::new(frames, reservation.split(length), unread.as_deref_mut());
             self.fill(cache, content, block);
@@ -222,11 +227,7 @@ pub(super) async fn request(
             gathered.push(frame.split_to(take));
             offset += take as u64;
             if offset == boundary {
-                let mut frames = std::mem::take(&mut gathered);
-                if end - start <= COPIED {
-                    frames = vec![Bytes::from(frames.concat())];
-                }
-                block(frames);
+                block(std::mem::take(&mut gathered));
                 boundary = (boundary + BLOCK_SIZE).min(end);
             }
         }
