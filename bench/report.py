@@ -11,8 +11,8 @@ from server import MIB, PROFILES
 PAIRS = (("mlfs", (*PEERS, "sdk")),
          ("mlfs signed", ("s3fs", "rclone off", "rclone full", "sdk signed")),
          ("mlfs small", ("mount-s3",)), ("mlfs untold", ("mount-s3",)))
-# Connections of which the profile's bound is told: those of `mlfs`, and of `mlfs untold`.
-CONNECTIONS = (16, 32)
+# Connections of which the profile's bound is told: those of `mlfs`, and of `mlfs untold`, and of that in `far`.
+CONNECTIONS = (16, 32, 64)
 
 
 def median(results, field="value"):

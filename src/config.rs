@@ -26,6 +26,8 @@ const SMALLEST_CACHE: u64 = 64 * MIB;
 const DEFAULT_CACHE: u64 = 20 << 30;
 /// The default, where there is room for as many as can be on their way.
 const DEFAULT_PART: u64 = 16 * MIB;
+/// Uploads, and prefetches, in flight unless told otherwise.
+const DEFAULT_TRANSFERS: usize = 32;
 /// Of a budget, what writers can have besides those who read: five of so many shares.
 const SHARES: u64 = 8;
 /// Parts that are being written to, besides those that are sent.
@@ -126,15 +128,14 @@ pub struct MountArguments {
     pub part_size: Option<u64>,
 
     /// Most uploads in flight, and most prefetches, 1 to 256; of headers in containers, a few KiB each,
-    /// eight times as many, at most 256
+    /// eight times as many, at most 256 [default: 32; twice as many prefetches from a store far away]
     #[arg(
         long,
         env = "MLFS_TRANSFERS",
         value_name = "N",
-        default_value_t = 32,
         allow_negative_numbers = true
     )]
-    pub transfers: usize,
+    pub transfers: Option<usize>,
 
     /// How long a close goes on trying while nothing of the file gets through to the store; then
     /// it fails with EIO, and the bytes are kept (30s, 15m, forever)
@@ -204,6 +205,8 @@ pub struct Config {
     /// Bytes.
     pub part_size: u64,
     pub transfers: usize,
+    /// So many more prefetches where the store is far away.
+    pub far_prefetches: usize,
     pub close_timeout: Duration,
     pub uid: u32,
     pub gid: u32,
@@ -228,13 +231,14 @@ impl MountArguments {
     /// # Errors
     /// Names the flag, the value, and what is accepted.
     pub fn validate(&self) -> anyhow::Result<Config> {
-        if !(1..=256).contains(&self.transfers) {
-            bail!("--transfers {}: give 1 to 256", self.transfers);
+        let transfers = self.transfers.unwrap_or(DEFAULT_TRANSFERS);
+        if !(1..=256).contains(&transfers) {
+            bail!("--transfers {transfers}: give 1 to 256");
         }
         let memory = self.memory.unwrap_or_else(default_memory);
         let part_size = self
             .part_size
-            .unwrap_or_else(|| default_part_size(memory, self.transfers));
+            .unwrap_or_else(|| default_part_size(memory, transfers));
         if !(SMALLEST_PART..=LARGEST_PART).contains(&part_size) {
             bail!("--part-size {part_size}: give 5MiB to 5GiB");
         }
@@ -278,7 +282,11 @@ impl MountArguments {
                 CloseFlag::Journaled => CloseMode::Journaled,
             },
             part_size,
-            transfers: self.transfers,
+            transfers,
+            far_prefetches: match self.transfers {
+                Some(_) => 0,
+                None => DEFAULT_TRANSFERS,
+            },
             close_timeout: self.close_timeout,
             // SAFETY: getuid and getgid have no preconditions and cannot fail.
             uid: self.uid.unwrap_or_else(|| unsafe { libc::getuid() }),

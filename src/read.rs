@@ -67,6 +67,8 @@ const LONGEST_QUEUE: u64 = 64 << 20;
 pub struct ReadOptions {
     /// Most prefetch requests in flight, over all objects.
     pub transfers: usize,
+    /// So many more from stores that are far away, where each connection carries little.
+    pub more_far: usize,
     /// `None`: no disk cache.
     pub disk: Option<DiskOptions>,
 }
@@ -122,6 +124,7 @@ pub struct Reader {
     looks: Looks,
     disk: Option<Arc<Disk>>,
     prefetches: Arc<Semaphore>,
+    far_prefetches: Arc<Semaphore>,
     /// Bytes fetched ahead, or being fetched, that nobody has read yet.
     unread: Arc<AtomicU64>,
     runtime: Handle,
@@ -145,6 +148,7 @@ impl Reader {
             looks: Looks::new(options.transfers),
             disk,
             prefetches: Arc::new(Semaphore::new(options.transfers)),
+            far_prefetches: Arc::new(Semaphore::new(options.more_far)),
             unread: Arc::default(),
             runtime,
             options,

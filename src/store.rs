@@ -173,6 +173,9 @@ pub struct Capabilities {
     pub maximum_put_size: u64,
     /// Nothing can be changed in it.
     pub read_only: bool,
+    /// It is a service, to which more requests at once bring more; not one server that hands all bodies
+    /// through, or a disk.
+    pub scales: bool,
     /// Its objects are files of this machine: [`Store::file_of`] opens them, and a copy of them on
     /// local disk is of no use.
     pub local: bool,

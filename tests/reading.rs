@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::thread;
+use std::time::Duration;
 
 use harness::{BUCKET, Lab, Mount, PREFIX, errno, noise, wait_until};
 use mlfs_lab::s3::{Fault, Kind, Rule, ServerOptions};
@@ -33,7 +34,7 @@ fn opening_fetches_nothing_and_reading_fetches_little_more_than_it_returns() {
 
 #[test]
 fn a_sequential_read_is_right_and_keeps_several_ranges_in_flight() {
-    let first_byte = std::time::Duration::from_millis(20);
+    let first_byte = Duration::from_millis(20);
     let lab = Lab::with(ServerOptions {
         first_byte,
         ..ServerOptions::default()
@@ -48,6 +49,33 @@ fn a_sequential_read_is_right_and_keeps_several_ranges_in_flight() {
     assert!(
         mount.status()["memory"]["peak"].as_u64() <= mount.status()["memory"]["limit"].as_u64()
     );
+}
+
+/// The most requests at once of one who reads a file from a store that answers after `first_byte`.
+fn most_at_once(first_byte: Duration, flags: &[&str]) -> u64 {
+    let lab = Lab::with(ServerOptions {
+        first_byte,
+        connection_rate: Some(25_000_000),
+        ..ServerOptions::default()
+    });
+    let size = 384 * MIB;
+    lab.put_large("big", size);
+    let mount = lab.mount_with(&[&["--memory", "512MiB"], flags].concat());
+    let mut file = fs::File::open(mount.at("big")).unwrap();
+    let read = std::io::copy(&mut file, &mut std::io::sink()).unwrap();
+    assert_eq!(read, size);
+    lab.s3.stats().most_at_once
+}
+
+#[test]
+fn a_store_far_away_is_asked_for_twice_as_many_ranges_at_once() {
+    let far = Duration::from_millis(40);
+    let most = most_at_once(far, &[]);
+    assert!((48..=66).contains(&most), "{most}");
+    let most = most_at_once(far, &["--transfers", "32"]);
+    assert!((24..=34).contains(&most), "{most}");
+    let most = most_at_once(Duration::from_millis(5), &[]);
+    assert!((24..=34).contains(&most), "{most}");
 }
 
 #[test]

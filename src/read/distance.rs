@@ -6,6 +6,10 @@ use std::time::Duration;
 /// A store that has answered within this time is near. One in a cloud takes ten times as long.
 const NEAR: Duration = Duration::from_millis(2);
 
+/// A store that has not answered within this time once is far: in another region, most likely, and each
+/// connection to it carries the less, the longer the way.
+const FAR: Duration = Duration::from_millis(25);
+
 /// The shortest time that an answer of the store has taken to begin, and whether it was asked last.
 #[derive(Debug)]
 pub(super) struct Distance {
@@ -43,13 +47,34 @@ impl Distance {
     /// Whether requests cost hardly any time: what is fetched far ahead of a reader then only lies in
     /// memory, and grows cold.
     pub fn is_near(&self) -> bool {
-        u128::from(self.nanoseconds.load(Ordering::Relaxed)) < NEAR.as_nanos()
+        self.shortest().is_some_and(|shortest| shortest < NEAR)
+    }
+
+    /// Whether it takes many requests at once to fill the way to the store.
+    pub fn is_far(&self) -> bool {
+        self.shortest().is_some_and(|shortest| shortest >= FAR)
+    }
+
+    fn shortest(&self) -> Option<Duration> {
+        let nanoseconds = self.nanoseconds.load(Ordering::Relaxed);
+        (nanoseconds < u64::MAX).then(|| Duration::from_nanos(nanoseconds))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_has_answered_late_only_is_far() {
+        let distance = Distance::default();
+        assert!(!distance.is_far());
+        distance.note(Duration::from_millis(60));
+        assert!(distance.is_far());
+        distance.note(Duration::from_millis(15));
+        distance.note(Duration::from_millis(60));
+        assert!(!distance.is_far() && !distance.is_near());
+    }
 
     #[test]
     fn one_quick_answer_is_enough_to_be_near() {

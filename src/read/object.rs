@@ -83,6 +83,8 @@ pub struct ObjectReader {
     content: u64,
     size: u64,
     distance: Distance,
+    /// Whether its store [scales](crate::store::Capabilities::scales).
+    scales: bool,
     state: Mutex<State>,
 }
 
@@ -97,6 +99,7 @@ impl ObjectReader {
             content,
             size: source.size,
             distance: Distance::default(),
+            scales: source.store.capabilities().scales,
             state: Mutex::new(State {
                 source,
                 pattern: Pattern::default(),

@@ -177,6 +177,7 @@ impl Store for CloudStore {
             maximum_parts: MAXIMUM_PARTS,
             maximum_put_size: MAXIMUM_PUT,
             read_only: false,
+            scales: true,
             local: false,
         }
     }

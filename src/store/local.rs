@@ -178,6 +178,7 @@ impl Store for LocalStore {
             maximum_parts: MOST_PARTS,
             maximum_put_size: i64::MAX as u64,
             read_only: false,
+            scales: false,
             local: true,
         }
     }

@@ -278,6 +278,7 @@ impl Store for ProxyStore {
             maximum_parts: MOST_PARTS,
             maximum_put_size: i64::MAX as u64,
             read_only: self.access.address.run.is_some(),
+            scales: false,
             local: false,
         }
     }

@@ -178,6 +178,7 @@ impl Store for S3Store {
             maximum_parts: MAXIMUM_PARTS,
             maximum_put_size: MAXIMUM_PUT,
             read_only: false,
+            scales: true,
             local: false,
         }
     }

@@ -118,7 +118,11 @@ impl Mount {
         let reader = Reader::new(
             Arc::clone(&memory),
             runtime.clone(),
-            ReadOptions { transfers: 4, disk },
+            ReadOptions {
+                transfers: 4,
+                more_far: 0,
+                disk,
+            },
         );
         let spill = Spill::open(spill, SPILL).expect("a spill directory");
         let options = WriteOptions {
