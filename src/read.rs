@@ -68,7 +68,7 @@ pub struct ReadOptions {
     /// Most prefetch requests in flight, over all objects.
     pub transfers: usize,
     /// So many more from stores that are far away, where each connection carries little.
-    pub more_far: usize,
+    pub far_prefetches: usize,
     /// `None`: no disk cache.
     pub disk: Option<DiskOptions>,
 }
@@ -124,6 +124,7 @@ pub struct Reader {
     looks: Looks,
     disk: Option<Arc<Disk>>,
     prefetches: Arc<Semaphore>,
+    /// For stores that are far away only, when there is none of the others left.
     far_prefetches: Arc<Semaphore>,
     /// Bytes fetched ahead, or being fetched, that nobody has read yet.
     unread: Arc<AtomicU64>,
@@ -148,7 +149,7 @@ impl Reader {
             looks: Looks::new(options.transfers),
             disk,
             prefetches: Arc::new(Semaphore::new(options.transfers)),
-            far_prefetches: Arc::new(Semaphore::new(options.more_far)),
+            far_prefetches: Arc::new(Semaphore::new(options.far_prefetches)),
             unread: Arc::default(),
             runtime,
             options,

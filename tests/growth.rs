@@ -58,7 +58,7 @@ async fn room(s3: S3Server) -> Room {
     let memory = Budget::new(MEMORY, 0, MEMORY / 8, MEMORY / 8);
     let options = ReadOptions {
         transfers: 8,
-        more_far: 0,
+        far_prefetches: 0,
         disk: None,
     };
     let reader = Reader::new(Arc::clone(&memory), runtime.clone(), options);

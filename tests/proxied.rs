@@ -6,6 +6,7 @@ mod harness;
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use harness::{Lab, Mount, PREFIX, RUN, close, errno, noise};
 use mlfs_lab::artifacts::Behaviour;
@@ -92,6 +93,23 @@ fn a_server_that_sends_wholes_only_is_asked_once_whoever_reads_what() {
     harness::wait_until("the other one", || {
         fs::read(mount.at("model")).is_ok_and(|read| read == b"other")
     });
+}
+
+#[test]
+fn a_server_far_away_is_asked_for_no_more_ranges_at_once_than_another() {
+    let lab = lab(Behaviour {
+        first_byte: Duration::from_millis(40),
+        ..Behaviour::default()
+    });
+    lab.tracking
+        .artifacts()
+        .put(&key("model"), vec![7; 128 * MIB]);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    let mut file = fs::File::open(mount.at("model")).unwrap();
+    let read = std::io::copy(&mut file, &mut std::io::sink()).unwrap();
+    assert_eq!(read, 128 * MIB as u64);
+    let most = lab.tracking.artifacts().most_waiting();
+    assert!((24..=34).contains(&most), "{most}");
 }
 
 #[test]

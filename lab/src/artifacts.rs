@@ -5,6 +5,7 @@ mod uploads;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -42,6 +43,8 @@ pub struct Behaviour {
     pub after_storing: VecDeque<u16>,
     /// Answers to the next PUTs, which are not stored.
     pub instead_of_storing: VecDeque<u16>,
+    /// How long a body that is asked for takes to begin.
+    pub first_byte: Duration,
     /// PUTs are not stored, nor answered, as long as this is so.
     pub holds_bodies: bool,
     /// What it calls itself in the header `Server`.
@@ -81,9 +84,16 @@ pub struct Artifacts {
     behaviour: Mutex<Behaviour>,
     seen: Mutex<Vec<Seen>>,
     uploads: Mutex<Uploads>,
+    waiting: AtomicUsize,
+    most_waiting: AtomicUsize,
 }
 
 impl Artifacts {
+    /// The most requests for bodies that waited for [`Behaviour::first_byte`] at once.
+    pub fn most_waiting(&self) -> usize {
+        self.most_waiting.load(Ordering::Relaxed)
+    }
+
     pub fn behave(&self, behaviour: Behaviour) {
         *self.behaviour.lock() = behaviour;
     }
@@ -157,7 +167,13 @@ impl Artifacts {
             return Ok(refused_name(behaviour.older_route));
         }
         match parts.method {
-            Method::GET => Ok(self.object(key, header(RANGE), &behaviour)),
+            Method::GET => {
+                let waiting = self.waiting.fetch_add(1, Ordering::Relaxed) + 1;
+                self.most_waiting.fetch_max(waiting, Ordering::Relaxed);
+                tokio::time::sleep(behaviour.first_byte).await;
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                Ok(self.object(key, header(RANGE), &behaviour))
+            }
             Method::PUT => self.store(key, body, &behaviour).await,
             Method::DELETE => {
                 let below = format!("{key}/");

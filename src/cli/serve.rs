@@ -212,7 +212,7 @@ async fn assemble(config: &Config) -> anyhow::Result<Arc<Vfs>> {
         runtime.clone(),
         ReadOptions {
             transfers: config.transfers,
-            more_far: config.far_prefetches,
+            far_prefetches: config.far_prefetches,
             disk: config.cache.clone(),
         },
     );

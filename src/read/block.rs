@@ -166,9 +166,11 @@ impl Segments {
     }
 }
 
-/// Most bytes of blocks that stay in the buffers which they were received into: what those take beyond
-/// them is to be no more than a process may hold beyond its budget.
+/// Bytes of blocks that stay in the buffers which they were received into: so many at most, and at most
+/// so many sixteenths of what readers may hold. What the buffers take beyond them is to be no more than a
+/// process may hold beyond its budget.
 const MOST_IN_WHOLE_BUFFERS: u64 = 256 << 20;
+const SIXTEENTHS_IN_WHOLE_BUFFERS: u64 = 9;
 
 type Index = LruCache<(u64, u64), Arc<Block>, BuildHasherDefault<DefaultHasher>>;
 
@@ -199,7 +201,7 @@ impl BlockCache {
         let index = LruCache::unbounded_with_hasher(BuildHasherDefault::default());
         Arc::new(Self {
             cached: Mutex::new(Cached { index, bytes: 0 }),
-            ample: MOST_IN_WHOLE_BUFFERS.min(most / 16 * 9),
+            ample: MOST_IN_WHOLE_BUFFERS.min(most / 16 * SIXTEENTHS_IN_WHOLE_BUFFERS),
         })
     }
 

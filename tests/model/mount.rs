@@ -120,7 +120,7 @@ impl Mount {
             runtime.clone(),
             ReadOptions {
                 transfers: 4,
-                more_far: 0,
+                far_prefetches: 0,
                 disk,
             },
         );

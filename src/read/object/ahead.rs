@@ -241,7 +241,7 @@ impl ObjectReader {
         if self.distance.is_near() {
             permitted.min(NEAR_REQUESTS)
         } else if self.is_far() {
-            permitted + options.more_far as u64
+            permitted + options.far_prefetches as u64
         } else {
             permitted
         }
