@@ -17,7 +17,7 @@ use super::google;
 use super::objects::{Content, Object, Objects};
 use super::request::Asked;
 use super::server::ServerOptions;
-use super::stats::{Counter, Kind};
+use super::stats::{Counter, Kind, Sending};
 use super::time::{http_time, iso_time};
 use super::xml::{elements, escape, text as xml_text};
 
@@ -295,8 +295,8 @@ impl Operations {
         if damage.wrong_byte {
             spoil(&mut frames);
         }
-        let counter = Arc::clone(&self.counter);
-        let counted = move |bytes| counter.bytes_out(kind, bytes);
+        let sending = Sending::begin(&self.counter);
+        let counted = move |bytes| sending.bytes_out(kind, bytes);
         let body = outgoing(frames, self.options.connection_rate, damage, counted);
         let answer = response.body(body);
         answer.or_else(|_| fail(500, "InternalError"))

@@ -1,6 +1,7 @@
 //! What was asked, by kind.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,9 @@ pub struct Stats {
     /// Requests that came in and have no answer yet.
     pub at_once: u64,
     pub most_at_once: u64,
+    /// Answers to reads whose bodies are on their way.
+    pub sending: u64,
+    pub most_sending: u64,
 }
 
 impl Stats {
@@ -85,6 +89,30 @@ impl Drop for AtOnce<'_> {
     }
 }
 
+/// An answer whose body is on its way; one that nobody takes any more ends, too.
+pub(super) struct Sending(Arc<Counter>);
+
+impl Sending {
+    pub fn begin(counter: &Arc<Counter>) -> Self {
+        let stats = &mut counter.state.lock().stats;
+        stats.sending += 1;
+        stats.most_sending = stats.most_sending.max(stats.sending);
+        Self(Arc::clone(counter))
+    }
+
+    /// Counts `bytes` that went out.
+    pub fn bytes_out(&self, kind: Kind, bytes: u64) {
+        let mut state = self.0.state.lock();
+        state.stats.kinds.entry(kind).or_default().bytes_out += bytes;
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.state.lock().stats.sending -= 1;
+    }
+}
+
 impl Counter {
     pub fn begin(&self, kind: Kind) -> AtOnce<'_> {
         let mut state = self.state.lock();
@@ -113,16 +141,6 @@ impl Counter {
             .bytes_in += bytes;
     }
 
-    pub fn bytes_out(&self, kind: Kind, bytes: u64) {
-        self.state
-            .lock()
-            .stats
-            .kinds
-            .entry(kind)
-            .or_default()
-            .bytes_out += bytes;
-    }
-
     pub fn stats(&self) -> Stats {
         self.state.lock().stats.clone()
     }
@@ -133,8 +151,11 @@ impl Counter {
 
     pub fn reset(&self) {
         let mut state = self.state.lock();
-        let at_once = state.stats.at_once;
+        let Stats {
+            at_once, sending, ..
+        } = state.stats;
         *state = State::default();
         state.stats.at_once = at_once;
+        state.stats.sending = sending;
     }
 }
