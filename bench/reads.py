@@ -183,6 +183,26 @@ class Parts(Row):
         return Outcome(size / MIB / seconds, size, f"{server.fetched() / size:.2f} x")
 
 
+class Turns(Row):
+    THREADS, LENGTH = 8, 16 * MIB
+    unit = f"MiB/s, {THREADS} threads, each takes the next 16 MiB that nobody has begun (fetched/asked)"
+
+    def mount(self, mount, server, size):
+        server.reset()
+        pieces = iter(range(0, size, self.LENGTH))
+
+        def read_pieces(_):
+            with open(mount.path / "big", "rb", buffering=0) as file:
+                for start in pieces:
+                    for offset in range(start, min(start + self.LENGTH, size), MIB):
+                        assert len(os.pread(file.fileno(), MIB, offset)) == MIB
+
+        started = time.monotonic()
+        in_threads(self.THREADS, range(self.THREADS), read_pieces)
+        seconds = time.monotonic() - started
+        return Outcome(size / MIB / seconds, size, f"{server.fetched() / size:.2f} x")
+
+
 class FirstByte(Row):
     unit = f"ms, p50 of {FIRST} files opened and their first byte read, once they were listed"
     higher_is_better = False

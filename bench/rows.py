@@ -2,7 +2,7 @@
 
 from promises import Bounds, Verified
 from reads import (FirstByte, List, LoadFile, Member, Parts, RandomReads, RandomThreads, Read,
-                   SecondRead, SmallReads, Tensor, Touch, WarmRead)
+                   SecondRead, SmallReads, Tensor, Touch, Turns, WarmRead)
 from server import MIB
 from writes import Append, Checkpoint, Overwrite, Safetensors, Small, TorchSave, Write
 
@@ -19,6 +19,7 @@ ROWS = {
     "read": Read(MIB),
     "read128k": Read(128 * 1024),
     "parts": Parts(),
+    "turns": Turns(),
     "second": SecondRead(),
     "warm": WarmRead(),
     "mmap": Touch(),

@@ -4,6 +4,7 @@ mod harness;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use harness::{Lab, Mount, noise, wait_until};
@@ -267,4 +268,52 @@ fn several_who_read_equal_parts_of_a_file_at_once_are_all_run_ahead_of() {
     );
     let fetched = lab.s3.stats().of(Kind::Get).bytes_out;
     assert!(fetched <= readers * part * 11 / 10, "{fetched}");
+}
+
+/// How `readers` who take pieces of `length` bytes of a file in turn, each the next one that nobody has
+/// begun, are run ahead of, and what that costs.
+fn take_in_turn(readers: u64, length: u64) {
+    let lab = Lab::with(ServerOptions {
+        first_byte: Duration::from_millis(10),
+        connection_rate: Some(8_000_000),
+        ..ServerOptions::default()
+    });
+    let size = 384 * MIB;
+    lab.put_large("big", size);
+    let mount = lab.mount_with(&["--memory", "512MiB"]);
+    let file = File::open(mount.at("big")).unwrap();
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..readers {
+            scope.spawn(|| {
+                loop {
+                    let start = next.fetch_add(length, Ordering::Relaxed);
+                    if start >= size {
+                        break;
+                    }
+                    for at in (start..start + length).step_by(MIB as usize) {
+                        read(&file, at, MIB);
+                    }
+                }
+            });
+        }
+    });
+    let stats = lab.s3.stats();
+    // Readers who are not run ahead of have a range or two on their way, each.
+    assert!(stats.most_sending >= 24, "{}", stats.most_sending);
+    let fetched = stats.of(Kind::Get).bytes_out;
+    assert!(fetched <= size * 103 / 100, "{fetched}");
+    let read = &mount.status()["read"];
+    let demanded = read["bytes_demanded"].as_u64().unwrap();
+    let begun = readers * length.min(8 * MIB);
+    assert!(demanded <= 2 * begun, "{demanded} bytes were waited for");
+    // What they have left behind does not stay.
+    let cached = read["bytes_cached"].as_u64().unwrap();
+    assert!(cached <= begun + 24 * MIB, "{cached}");
+}
+
+#[test]
+fn pieces_of_a_file_that_several_take_in_turn_are_on_their_way_before_they_are_begun() {
+    take_in_turn(8, 4 * MIB);
+    take_in_turn(4, 16 * MIB);
 }

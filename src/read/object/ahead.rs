@@ -112,7 +112,8 @@ impl ObjectReader {
         let inside = extent.clone().unwrap_or(0..self.size);
         let pattern = &mut state.pattern;
         if let Some(strided) = pattern.note_stride(thread, &read, maximum, &inside, self.size) {
-            self.run_ahead_in_steps(&mut state, &strided);
+            tracing::trace!(thread, ?read, ?strided, "stride");
+            self.run_ahead_in_steps(&mut state, &strided, requests);
             return;
         }
         let pattern = &mut state.pattern;
@@ -161,7 +162,7 @@ impl ObjectReader {
             ahead.last = ahead.range.end == extent.end;
             ahead.first |= for_certain;
         }
-        tracing::trace!(?read, ?ahead, bound, "pattern");
+        tracing::trace!(thread, ?read, ?ahead, bound, "pattern");
         // Its first block was the last of the piece before, and still needed then.
         let behind = ahead.behind.start / BLOCK_SIZE..ahead.behind.end / BLOCK_SIZE;
         self.reader.cache.remove(self.content, behind);
@@ -188,23 +189,28 @@ impl ObjectReader {
         state.pattern.asked(read.start, from, end);
     }
 
-    /// Fetches ahead of a strided reader, as far as permits and memory allow; never waits.
-    fn run_ahead_in_steps(self: &Arc<Self>, state: &mut State, strided: &Strided) {
+    /// Fetches ahead of a strided reader, in up to so many `requests` at once, as far as permits and
+    /// memory allow; never waits.
+    fn run_ahead_in_steps(self: &Arc<Self>, state: &mut State, strided: &Strided, requests: u64) {
         for bytes in &strided.behind {
-            let blocks = bytes.start / BLOCK_SIZE..bytes.end.div_ceil(BLOCK_SIZE);
+            let blocks = bytes.start / BLOCK_SIZE..bytes.end / BLOCK_SIZE;
             self.reader.cache.remove(self.content, blocks);
         }
         let most = self.most_unread();
+        let request = strided.request_size(requests, REQUEST_SIZE);
         let rest = &strided.rest;
-        // Somebody reads that one already.
-        let whole = rest.end.saturating_sub(rest.start) <= REQUEST_SIZE;
-        let first = (rest, strided.step, whole);
+        let is_short = rest.end.saturating_sub(rest.start) <= REQUEST_SIZE;
+        let first = (rest, strided.step, is_short && strided.begins);
         let others = strided.requests.iter();
         let others = others.map(|(bytes, step)| (bytes, *step, false));
         for (bytes, step, demanded) in std::iter::once(first).chain(others) {
             let mut from = bytes.start;
             while from < bytes.end {
-                let to = (from + REQUEST_SIZE).min(bytes.end);
+                let mut to = (from + request).min(bytes.end);
+                // A small rest is not worth a request.
+                if bytes.end - to < request / 4 {
+                    to = bytes.end;
+                }
                 if !self.prefetch(state, from..to, most, demanded) {
                     return;
                 }

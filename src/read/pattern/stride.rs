@@ -6,13 +6,19 @@
 //! what it will touch next is fetched ahead, but not what lies between. Who reads that as well is
 //! no strided reader: a mapping that the C library faults backwards inside each MiB is a stream. Nor are
 //! several who read equal parts of the object at the same time, as long as none of them has gone on to
-//! another, and where the parts are long.
+//! another.
+//!
+//! A stride is **shared** if several threads read it, each the next piece that nobody has begun. Half of
+//! the window then is for the pieces that are being read, and these may be long.
+
+mod touch;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::{CAUTIOUS, EAGER, KEPT_BEHIND, LONGEST_ALIKE, QUIET};
-use crate::read::{BLOCK_SIZE, PAGE, READAHEAD};
+use super::{CAUTIOUS, EAGER, KEPT_BEHIND, LONGEST_ALIKE, LONGEST_READAHEAD, QUIET, SLACK_AHEAD};
+use crate::read::{BLOCK_SIZE, PAGE};
+use touch::{MERGED, Touch};
 
 /// Touches and strides that are remembered per object; the oldest give way. Strides are looked
 /// for among the touches, so that several readers can be at it at once.
@@ -20,11 +26,8 @@ const TOUCHES: usize = 32;
 const STRIDES: usize = 8;
 /// Touches that a stride remembers: enough to know its length, and what it has left behind.
 const STRIDE_TOUCHES: usize = 128;
-/// So many of the last ones tell how long touches are; some of them may be at work still.
+/// So many of the last ones tell how long touches are.
 const LENGTHS: usize = 8;
-/// A request that begins no further behind a touch's end, bytes, belongs to it: the kernel's are of
-/// its readahead, and one of them may overtake another.
-const MERGED: u64 = READAHEAD;
 /// Equal steps before anything is fetched ahead.
 const STEPS: i64 = 3;
 /// Touches that come out of order are known this many steps away.
@@ -42,47 +45,6 @@ const REQUESTS: u64 = 4;
 const MOST_PIECES: u64 = 32;
 /// A stride that was not touched while so many touches began elsewhere is over.
 const STALE: u64 = 256;
-
-#[derive(Clone, Debug)]
-struct Touch {
-    start: u64,
-    end: u64,
-    /// Who asked last, 0 if that is not known.
-    thread: u32,
-    /// Whoever asked began elsewhere since.
-    ended: bool,
-}
-
-impl Touch {
-    fn new(thread: u32, read: &Range<u64>) -> Self {
-        Self {
-            start: read.start,
-            end: read.end,
-            thread,
-            ended: false,
-        }
-    }
-
-    fn go_on(&mut self, thread: u32, read: &Range<u64>) {
-        self.end = self.end.max(read.end);
-        self.thread = thread;
-    }
-
-    fn takes(&self, read: &Range<u64>) -> bool {
-        let earliest = self.start.max(self.end.saturating_sub(2 * MERGED));
-        (earliest..=self.end + MERGED).contains(&read.start)
-    }
-
-    fn length(&self) -> u64 {
-        self.end - self.start
-    }
-
-    /// Bytes of it that lie in `range`.
-    fn within(&self, range: &Range<u64>) -> u64 {
-        let (start, end) = (self.start.max(range.start), self.end.min(range.end));
-        end.saturating_sub(start)
-    }
-}
 
 #[derive(Clone, Debug)]
 struct Stride {
@@ -108,15 +70,33 @@ struct Stride {
 pub(in crate::read) struct Strided {
     /// Tells [`Strides::asked`] which stride it is.
     stride: usize,
+    /// Where the piece begins that somebody is reading.
+    touch: u64,
     /// All that may be ahead of it, bytes.
     pub window: u64,
     /// What is left of the piece that somebody is reading, and its step; may be empty.
     pub rest: Range<u64>,
     pub step: i64,
+    /// That piece was not asked for before, and somebody waits for it.
+    pub begins: bool,
+    /// Several threads read it.
+    shared: bool,
     /// What is touched after that, nearest first: a request each, and the step it reaches to.
     pub requests: Vec<(Range<u64>, i64)>,
-    /// What was left behind for good.
+    /// What was left behind for good: bytes of whole blocks.
     pub behind: Vec<Range<u64>>,
+}
+
+impl Strided {
+    /// Bytes of one request, at most `most`: where several threads read, as many requests as there may be
+    /// are to overlap in the window, of which a third has come and is about to be read.
+    pub fn request_size(&self, requests: u64, most: u64) -> u64 {
+        if self.shared {
+            (self.window * 2 / (requests * 3)).clamp(SMALL_REQUEST, most)
+        } else {
+            most
+        }
+    }
 }
 
 /// The strides of one object.
@@ -140,10 +120,16 @@ impl Strides {
         size: u64,
     ) -> Option<Strided> {
         let new = self.remember(thread, read);
+        let clock = self.clock;
         if let Some((index, start)) = self.going_on(thread, read) {
-            let stride = &self.strides[index];
+            let stride = &mut self.strides[index];
+            let start = stride.cross(thread, start, read, clock).unwrap_or(start);
+            let longest = match stride.shared() {
+                Some(_) => u64::MAX,
+                None => LONGEST_ALIKE,
+            };
             // What goes on is a stream that began here.
-            if read.start > start + stride.length().min(LONGEST_ALIKE) + MERGED {
+            if read.start > start + stride.length().min(longest) + MERGED {
                 return None;
             }
             return stride.ahead(index, start, read, window, size);
@@ -151,27 +137,27 @@ impl Strides {
         if !new {
             return None;
         }
-        let clock = self.clock;
         self.strides.retain(|stride| clock - stride.touched < STALE);
         let mut strides = self.strides.iter_mut().enumerate();
         let begun =
             strides.find_map(|(index, stride)| Some((index, stride.begin(thread, read, clock)?)));
-        let (index, behind) = match begun {
+        let (index, start) = match begun {
             Some(begun) => begun,
-            None => (
-                self.keep(self.recognise(thread, read, bound, size)?),
-                Vec::new(),
-            ),
+            None => {
+                let stride = self.recognise(thread, read, bound, size)?;
+                (self.keep(stride), read.start)
+            }
         };
-        let mut strided = self.strides[index].ahead(index, read.start, read, window, size)?;
-        strided.behind = behind;
+        let stride = &mut self.strides[index];
+        let mut strided = stride.ahead(index, start, read, window, size)?;
+        strided.behind.extend(stride.leave_behind());
         Some(strided)
     }
 
     /// Adds `read` to the touches; tells whether it begins one.
     fn remember(&mut self, thread: u32, read: &Range<u64>) -> bool {
         let mut touches = self.touches.iter_mut().rev();
-        if let Some(touch) = touches.find(|touch| touch.takes(read)) {
+        if let Some(touch) = touches.find(|touch| touch.takes(thread, read)) {
             touch.go_on(thread, read);
             return false;
         }
@@ -194,14 +180,19 @@ impl Strides {
     pub fn asked(&mut self, strided: &Strided, step: i64) {
         if let Some(stride) = self.strides.get_mut(strided.stride) {
             stride.asked = stride.asked.max(step);
+            let mut touches = stride.touches.iter_mut().rev();
+            if let Some(touch) = touches.find(|touch| touch.start == strided.touch) {
+                touch.asked = touch.asked.max(strided.rest.end);
+            }
         }
     }
 
     /// The stride that one of the last touches of goes on with `read`, and where it began.
     fn going_on(&mut self, thread: u32, read: &Range<u64>) -> Option<(usize, u64)> {
         for (index, stride) in self.strides.iter_mut().enumerate() {
-            let mut touches = stride.touches.iter_mut().rev().take(LENGTHS);
-            if let Some(touch) = touches.find(|touch| touch.takes(read)) {
+            let touches = stride.touches.iter_mut().rev().enumerate();
+            let mut touches = touches.filter(|(age, touch)| *age < LENGTHS || !touch.ended);
+            if let Some((_, touch)) = touches.find(|(_, touch)| touch.takes(thread, read)) {
                 touch.go_on(thread, read);
                 stride.touched = self.clock;
                 return Some((index, touch.start));
@@ -218,9 +209,12 @@ impl Strides {
         bound: &Range<u64>,
         size: u64,
     ) -> Option<Stride> {
-        // The last one is the read itself.
-        self.touches.iter().rev().skip(1).find_map(|last| {
-            let step = distance(last.start, read.start);
+        // The next one first: where several threads take pieces in turn, each second and third piece
+        // lie in equal steps, too.
+        let mut others: Vec<u64> = self.touches.iter().map(|touch| touch.start).collect();
+        others.sort_unstable_by_key(|start| start.abs_diff(read.start));
+        others.into_iter().find_map(|other| {
+            let step = distance(other, read.start);
             if step.unsigned_abs() < PAGE {
                 return None;
             }
@@ -288,40 +282,102 @@ impl Stride {
         distance(self.origin, self.front) / self.steps
     }
 
-    /// Takes a touch that begins where this stride is expected; says what it then leaves behind.
-    fn begin(&mut self, thread: u32, read: &Range<u64>, clock: u64) -> Option<Vec<Range<u64>>> {
-        let slack = slack(self.step());
-        let near = |steps: &i64| (read.start as i64).abs_diff(self.place(*steps)) <= slack;
-        // The next one first: it is the one that mostly comes.
-        let steps = (1..=REACH).chain(-REACH..=0).find(near)?;
+    /// Takes a touch that begins where this stride is expected; says where that is.
+    fn begin(&mut self, thread: u32, read: &Range<u64>, clock: u64) -> Option<u64> {
+        let (steps, start) = self.reached(read.start)?;
         self.touched = clock;
         if steps > 0 {
-            self.even &= read.start as i64 == self.place(steps);
-            self.front = read.start;
+            self.even &= start as i64 == self.place(steps);
+            self.front = start;
             self.steps += steps;
         }
         if !self.bound.contains(&read.start) {
             self.bound = 0..u64::MAX;
         }
-        self.touches.push_back(Touch::new(thread, read));
-        let mut behind = Vec::new();
-        let most = KEPT_BEHIND.div_ceil(self.length().max(1)) as usize;
-        let most = most.clamp(LENGTHS, STRIDE_TOUCHES);
-        while self.touches.len() > most {
-            let Some(touch) = self.touches.pop_front() else {
-                break;
-            };
-            if self.consumed() > CAUTIOUS {
-                behind.push(self.piece(touch.start as i64, touch.length()));
-            }
+        if self.touches.len() > STRIDE_TOUCHES {
+            self.touches.pop_front();
         }
-        Some(behind)
+        let mut touch = Touch::new(thread, &(start..read.end));
+        touch.alone = self.begun() == 0;
+        if self.steps + steps.min(0) <= self.asked {
+            touch.asked = touch.asked.max(start + self.length());
+        }
+        self.touches.push_back(touch);
+        Some(start)
     }
 
-    /// Bytes of a touch.
+    /// Who goes on beyond the end of the piece at `start`, where several threads read one each, has begun
+    /// the next one: says where that is, if `read` does so.
+    fn cross(&mut self, thread: u32, start: u64, read: &Range<u64>, clock: u64) -> Option<u64> {
+        let end = start.checked_add_signed(self.step())?;
+        // The kernel reads ahead beyond it, too.
+        if end <= start || read.start < end + 2 * MERGED || self.shared().is_none() {
+            return None;
+        }
+        let mut touches = self.touches.iter_mut().rev();
+        let touch = touches.find(|touch| touch.start == start)?;
+        touch.end = end;
+        touch.ended = true;
+        self.begin(thread, read, clock)
+    }
+
+    /// The piece that a touch at `start` begins: its steps from the front, and where it begins.
+    fn reached(&self, start: u64) -> Option<(i64, u64)> {
+        let slack = slack(self.step());
+        // Who reads the piece before may have brought its beginning to the kernel.
+        let late = if self.step() > 0 && self.shared().is_some() {
+            LONGEST_READAHEAD.min(self.step().unsigned_abs() / 4)
+        } else {
+            0
+        };
+        // The next one first: it is the one that mostly comes.
+        (1..=REACH).chain(-REACH..=0).find_map(|steps| {
+            let place = self.place(steps);
+            let off = start as i64 - place;
+            if off.unsigned_abs() <= slack {
+                return Some((steps, start));
+            }
+            let is_late = (0..=late as i64).contains(&off);
+            Some((steps, u64::try_from(place).ok().filter(|_| is_late)?))
+        })
+    }
+
+    /// Lets go of pieces that have been read, but for the last of them.
+    fn leave_behind(&mut self) -> Vec<Range<u64>> {
+        let is_long = self.consumed() > CAUTIOUS;
+        let mut behind = Vec::new();
+        let mut kept = 0;
+        for (age, touch) in self.touches.iter_mut().rev().enumerate() {
+            // Where nobody knows the threads, others may be at it still.
+            let is_over = touch.ended && (touch.thread != 0 || age >= LENGTHS);
+            if is_over {
+                kept += touch.kept();
+            }
+            if is_long && (age == STRIDE_TOUCHES || is_over && kept > KEPT_BEHIND) {
+                behind.extend(touch.leave(touch.end));
+            }
+        }
+        behind.iter().map(|bytes| self.blocks_of(bytes)).collect()
+    }
+
+    /// The blocks of a piece, or those that it has for itself where pieces follow closely.
+    fn blocks_of(&self, bytes: &Range<u64>) -> Range<u64> {
+        if self.gap() < BLOCK_SIZE {
+            let start = bytes.start.next_multiple_of(BLOCK_SIZE);
+            return start..(bytes.end / BLOCK_SIZE * BLOCK_SIZE).max(start);
+        }
+        let piece = self.piece(bytes.start as i64, bytes.end - bytes.start);
+        piece.start / BLOCK_SIZE * BLOCK_SIZE..piece.end.next_multiple_of(BLOCK_SIZE)
+    }
+
+    /// Bytes of a touch, of those that nobody goes on with, if there are any.
     fn length(&self) -> u64 {
-        let last = self.touches.iter().rev().take(LENGTHS);
-        let mut lengths: Vec<u64> = last.map(Touch::length).collect();
+        let ended = self.touches.iter().rev().filter(|touch| touch.ended);
+        let mut lengths: Vec<u64> = ended.take(LENGTHS).map(Touch::length).collect();
+        if lengths.is_empty() {
+            let last = self.touches.iter().rev().take(LENGTHS);
+            lengths = last.map(Touch::length).collect();
+        }
         lengths.sort_unstable();
         lengths.get(lengths.len() / 2).copied().unwrap_or(0)
     }
@@ -344,7 +400,39 @@ impl Stride {
     fn is_sure(&self) -> bool {
         let way = self.front.abs_diff(self.origin);
         let goes_on = self.touches.iter().any(|touch| touch.ended);
-        goes_on && (self.gap() > MERGED || (self.step() < 0 && way > QUIET))
+        goes_on
+            && (self.gap() > MERGED || (self.step() < 0 && way > QUIET) || self.shared().is_some())
+    }
+
+    /// If several threads read it at the same time, each the next piece that nobody has begun: how many of
+    /// these are being read. Where these lie close together, they are a stream.
+    fn shared(&self) -> Option<u64> {
+        let mut threads: Vec<u32> = self.touches.iter().map(|touch| touch.thread).collect();
+        threads.sort_unstable();
+        threads.dedup();
+        let spread = threads.len() as u64 * self.step().unsigned_abs();
+        let last = self.touches.iter().rev().take(LENGTHS);
+        let in_turn = last.filter(|touch| touch.alone).count();
+        if threads.len() < 2 || spread <= SLACK_AHEAD || in_turn > LENGTHS / 2 {
+            return None;
+        }
+        Some(self.begun().max(1))
+    }
+
+    /// Pieces that are being read.
+    fn begun(&self) -> u64 {
+        // Readahead may have left out the beginning of one, and nobody reads its end again.
+        let most = self.length().saturating_sub(MERGED);
+        let begun = |touch: &&Touch| !touch.ended && touch.length() < most;
+        self.touches.iter().filter(begun).count() as u64
+    }
+
+    /// Bytes of the pieces that are being read that were asked for and not read.
+    fn unread(&self) -> u64 {
+        let begun = self.touches.iter().filter(|touch| !touch.ended);
+        begun
+            .map(|touch| touch.asked.saturating_sub(touch.end))
+            .sum()
     }
 
     /// How many pieces its past says that it will go on.
@@ -366,7 +454,7 @@ impl Stride {
 
     /// What to fetch ahead of `read`, which belongs to the touch that began at `start`.
     fn ahead(
-        &self,
+        &mut self,
         index: usize,
         start: u64,
         read: &Range<u64>,
@@ -377,22 +465,51 @@ impl Stride {
             return None;
         }
         let length = self.length();
-        let most = self.bound.end.min(size);
-        let mut rest = 0..0;
-        if start == self.front && self.asked < self.steps {
-            rest = read.end..(start + length).min(most).max(read.end);
+        let end = (start + length).min(self.bound.end).min(size).max(read.end);
+        let is_first = start == self.front && self.asked < self.steps;
+        let mut strided = Strided {
+            stride: index,
+            touch: start,
+            step: if is_first { self.steps } else { self.asked },
+            begins: is_first,
+            ..Strided::default()
+        };
+        if let Some(begun) = self.shared() {
+            let share = (window / 2 / begun).min(length);
+            strided.shared = true;
+            strided.window = self.unread().max(begun * share);
+            let kept = (KEPT_BEHIND / begun).max(MERGED);
+            let until = read.start.saturating_sub(kept) / BLOCK_SIZE * BLOCK_SIZE;
+            let is_long = self.consumed() > CAUTIOUS;
+            let mut touches = self.touches.iter_mut().rev();
+            if let Some(touch) = touches.find(|touch| touch.start == start) {
+                strided.rest = touch.rest(read, share, end);
+                let left = if is_long { touch.leave(until) } else { None };
+                strided.behind = left.iter().map(|bytes| self.blocks_of(bytes)).collect();
+            }
+        } else if is_first {
+            strided.rest = read.end..end;
         }
+        self.add_pieces(&mut strided, window, size);
+        Some(strided)
+    }
+
+    /// Adds the pieces that are touched next: as many as its past says, and as the window has room for.
+    fn add_pieces(&self, strided: &mut Strided, window: u64, size: u64) {
+        let length = self.length();
+        let room = window.saturating_sub(strided.window);
         let step = self.step().unsigned_abs().max(1);
         let (pieces, bytes, group) = if self.bridged() {
-            let pieces = self.deserved().min(window / step);
+            let pieces = self.deserved().min(room / step);
             let request = (pieces * step / REQUESTS).clamp(SMALL_REQUEST, LARGE_REQUEST);
             (pieces, step, (request / step).max(1) as i64)
         } else {
             let blocks = length.next_multiple_of(BLOCK_SIZE).max(BLOCK_SIZE);
-            let pieces = self.deserved().min(window / blocks).min(MOST_PIECES);
+            let pieces = self.deserved().min(room / blocks).min(MOST_PIECES);
             (pieces, blocks, 1)
         };
-        let mut requests = Vec::new();
+        strided.window += pieces * bytes;
+        let most = self.bound.end.min(size);
         let asked = (self.asked - self.steps).max(0);
         let furthest = pieces as i64;
         let mut first = asked + 1;
@@ -410,17 +527,9 @@ impl Stride {
             if last - first + 1 < group && !at_an_end {
                 break;
             }
-            requests.push((low..high, self.steps + last));
+            strided.requests.push((low..high, self.steps + last));
             first = last + 1;
         }
-        Some(Strided {
-            stride: index,
-            window: pieces * bytes,
-            rest,
-            step: self.steps,
-            requests,
-            behind: Vec::new(),
-        })
     }
 }
 

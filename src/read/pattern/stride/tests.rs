@@ -269,18 +269,74 @@ fn readers_of_equal_parts_at_the_same_time_are_no_stride() {
     }
 }
 
-#[test]
-fn who_reads_one_long_part_after_the_other_beside_others_is_a_stream_in_each() {
+/// What several threads cost that take pieces of `length` bytes in turn, not all of them equally fast:
+/// what nobody had asked for before it was read, and the most that was ahead of them at once, bytes.
+/// Nothing may be let go of before it was read.
+fn take_in_turn(threads: usize, length: u64, pieces: u64) -> (u64, u64) {
     let mut strides = Strides::default();
-    let (readers, part) = (4, 64 * MIB);
-    for round in 0..4 {
-        for at in (0..part).step_by(PIECE as usize) {
-            for reader in 0..readers {
-                let start = (round * readers + reader) * part + at;
-                let read = start..start + PIECE;
-                let strided = strides.note(1 + reader as u32, &read, WINDOW, &(0..SIZE), SIZE);
-                assert!(at <= LONGEST_ALIKE + MERGED || strided.is_none(), "{at}");
+    let unit = PIECE as usize;
+    let mut asked = vec![false; (length * pieces) as usize / unit];
+    let mut read = asked.clone();
+    let (mut next, mut late, mut most, mut round) = (0, 0, 0, 0);
+    let mut at = vec![0_u64..0; threads];
+    while at.iter().any(|part| !part.is_empty()) || next < pieces {
+        round += 1;
+        if round % 8 == 0 {
+            let both = asked.iter().zip(&read);
+            let ahead = both.filter(|(asked, read)| **asked && !**read).count();
+            most = most.max(ahead as u64 * PIECE);
+        }
+        for (thread, part) in at.iter_mut().enumerate() {
+            for _ in 0..=usize::from(round % (3 + thread) == 0) {
+                if part.is_empty() && next < pieces {
+                    *part = next * length..(next + 1) * length;
+                    next += 1;
+                }
+                if part.is_empty() {
+                    continue;
+                }
+                let bytes = part.start..part.start + PIECE;
+                part.start = bytes.end;
+                let index = bytes.start as usize / unit;
+                late += if asked[index] { 0 } else { PIECE };
+                (asked[index], read[index]) = (true, true);
+                let size = length * pieces;
+                let number = 1 + thread as u32;
+                let strided = strides.note(number, &bytes, WINDOW, &(0..size), size);
+                let Some(strided) = strided else { continue };
+                strides.asked(&strided, strided.step);
+                let requests = strided.requests.iter();
+                for (range, step) in requests.chain([&(strided.rest.clone(), 0)]) {
+                    strides.asked(&strided, *step);
+                    asked[range.start as usize / unit..range.end as usize / unit].fill(true);
+                }
+                for range in &strided.behind {
+                    let range = range.start as usize / unit..range.end as usize / unit;
+                    assert!(read[range].iter().all(|read| *read));
+                }
             }
+        }
+    }
+    (late, most)
+}
+
+#[test]
+fn pieces_that_several_take_in_turn_are_asked_for_before_they_are_begun() {
+    for threads in [2, 3, 4, 7, 16] {
+        for length in [MIB, 4 * MIB, 16 * MIB, 64 * MIB] {
+            // Those that lie this close together are a stream.
+            if threads as u64 * length <= SLACK_AHEAD {
+                continue;
+            }
+            let (late, most) = take_in_turn(threads, length, 40);
+            // Those that are begun first, until one thread goes on to another, and what that begins.
+            let first = (threads as u64).max(4) * 3 / 2 * length + length / 2;
+            assert!(late <= first, "{threads} threads, {length} bytes: {late}");
+            // The window, and what is left of a piece when that is begun.
+            assert!(
+                most <= WINDOW + length,
+                "{threads} threads, {length} bytes: {most}"
+            );
         }
     }
 }
