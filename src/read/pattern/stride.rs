@@ -407,13 +407,14 @@ impl Stride {
     /// If several threads read it at the same time, each the next piece that nobody has begun: how many of
     /// these are being read. Where these lie close together, they are a stream.
     fn shared(&self) -> Option<u64> {
-        let mut threads: Vec<u32> = self.touches.iter().map(|touch| touch.thread).collect();
+        let last = self.touches.iter().rev().take(2 * LENGTHS);
+        let mut threads: Vec<u32> = last.map(|touch| touch.thread).collect();
         threads.sort_unstable();
         threads.dedup();
         let spread = threads.len() as u64 * self.step().unsigned_abs();
         let last = self.touches.iter().rev().take(LENGTHS);
-        let in_turn = last.filter(|touch| touch.alone).count();
-        if threads.len() < 2 || spread <= SLACK_AHEAD || in_turn > LENGTHS / 2 {
+        let alone = last.filter(|touch| touch.alone).count();
+        if threads.len() < 2 || spread <= SLACK_AHEAD || alone > LENGTHS / 2 {
             return None;
         }
         Some(self.begun().max(1))

@@ -340,3 +340,46 @@ fn pieces_that_several_take_in_turn_are_asked_for_before_they_are_begun() {
         }
     }
 }
+
+#[test]
+fn who_goes_on_to_the_next_piece_himself_reads_that_one_too() {
+    // Three threads begin pieces in turn, and the first one reads two of them, one after the other.
+    let mut strides = Strides::default();
+    let length = 8 * MIB;
+    let mut read = |thread: u32, bytes: Range<u64>| {
+        let step = usize::try_from(PIECE).unwrap();
+        let mut taken = true;
+        for at in bytes.step_by(step) {
+            let strided = strides.note(thread, &(at..at + PIECE), WINDOW, &(0..SIZE), SIZE);
+            taken = strided.is_some();
+        }
+        taken
+    };
+    for round in 0..4 {
+        let start = round * 3 * length;
+        for at in (0..length).step_by(MIB as usize) {
+            for thread in 0..3 {
+                let from = start + thread * length + at;
+                read(1 + thread as u32, from..from + MIB);
+            }
+        }
+    }
+    let start = 12 * length;
+    assert!(read(1, start..start + length));
+    assert!(read(1, start + length..start + 2 * length));
+    assert!(read(2, start + 2 * length..start + 3 * length));
+}
+
+#[test]
+fn threads_that_read_one_after_the_other_are_a_stream() {
+    let mut strides = Strides::default();
+    for index in 0..100 {
+        let mut taken = 0;
+        for at in (index * 2 * MIB..(index + 1) * 2 * MIB).step_by(PIECE as usize) {
+            let thread = 1 + (index % 8) as u32;
+            let strided = strides.note(thread, &(at..at + PIECE), WINDOW, &(0..SIZE), SIZE);
+            taken += u64::from(strided.is_some());
+        }
+        assert!(index < 32 || taken == 0, "{index}: {taken}");
+    }
+}

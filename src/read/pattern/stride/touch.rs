@@ -78,7 +78,7 @@ impl Touch {
 
     /// Bytes of it that were read and not let go of.
     pub fn kept(&self) -> u64 {
-        self.end - self.left
+        self.end.saturating_sub(self.left)
     }
 
     /// Lets go of it up to `until`: of what was not yet.
