@@ -422,7 +422,7 @@ impl Stride {
 
     /// Pieces that are being read.
     fn begun(&self) -> u64 {
-        // Readahead may have left out the beginning of one, and nobody reads its end again.
+        // Readahead of the piece before may have brought its beginning: that is missing in its length.
         let most = self.length().saturating_sub(MERGED);
         let begun = |touch: &&Touch| !touch.ended && touch.length() < most;
         self.touches.iter().filter(begun).count() as u64
