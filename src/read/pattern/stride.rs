@@ -333,7 +333,7 @@ impl Stride {
         // The next one first: it is the one that mostly comes.
         (1..=REACH).chain(-REACH..=0).find_map(|steps| {
             let place = self.place(steps);
-            let off = start as i64 - place;
+            let off = (start as i64).saturating_sub(place);
             if off.unsigned_abs() <= slack {
                 return Some((steps, start));
             }
@@ -397,11 +397,10 @@ impl Stride {
 
     /// Whether it is one for sure: somebody has gone on from one touch to another, else they are of as
     /// many readers. What follows closely, forward, is a stream; backward, it may be one MiB of a mapping.
-    fn is_sure(&self) -> bool {
+    fn is_sure(&self, is_shared: bool) -> bool {
         let way = self.front.abs_diff(self.origin);
         let goes_on = self.touches.iter().any(|touch| touch.ended);
-        goes_on
-            && (self.gap() > MERGED || (self.step() < 0 && way > QUIET) || self.shared().is_some())
+        goes_on && (self.gap() > MERGED || (self.step() < 0 && way > QUIET) || is_shared)
     }
 
     /// If several threads read it at the same time, each the next piece that nobody has begun: how many of
@@ -462,7 +461,8 @@ impl Stride {
         window: u64,
         size: u64,
     ) -> Option<Strided> {
-        if !self.is_sure() {
+        let shared = self.shared();
+        if !self.is_sure(shared.is_some()) {
             return None;
         }
         let length = self.length();
@@ -475,7 +475,7 @@ impl Stride {
             begins: is_first,
             ..Strided::default()
         };
-        if let Some(begun) = self.shared() {
+        if let Some(begun) = shared {
             let share = (window / 2 / begun).min(length);
             strided.shared = true;
             strided.window = self.unread().max(begun * share);
