@@ -69,7 +69,7 @@ class SecondRead(Row):
         read_through(mount.path / "big", MIB)
         kept = in_page_cache(mount.path / "big")
         outcome = Read(MIB).mount(mount, server, size)
-        return Outcome(outcome.value, size, f"{kept / size:.1%} kept")
+        return Outcome(outcome.value, size, f"{kept / size:.2%} kept")
 
 
 class WarmRead(Row):
